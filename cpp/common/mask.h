@@ -1,0 +1,62 @@
+// The positional mask: which keys a query row sees by causality, window and lengths. It answers two questions, which
+// blocks (none / partial / full) and which elements; every kernel and the tests ask this code. Masks that are data
+// (a boolean operand, segment ids) are the caller's: they can only hide more.
+#pragma once
+
+#include "common/types.h"
+
+namespace flash {
+
+// One sequence's rule. Row i sees key j iff  i + offset - left <= j <= i + offset + right  and  j < seqlen_kv.
+struct MaskRule {
+  int32 seqlen_q;
+  int32 seqlen_kv;
+  int32 window_left;   // -1: unbounded
+  int32 window_right;  // -1: unbounded; causal is 0
+  int32 offset;        // seqlen_kv - seqlen_q when aligned bottom-right, 0 when top-left
+};
+
+static constexpr MaskRule make_mask_rule(int64 seqlen_q, int64 seqlen_kv, int32 window_left, int32 window_right,
+                                         bool bottom_right) {
+  return {int32(seqlen_q), int32(seqlen_kv), window_left, window_right,
+          bottom_right ? int32(seqlen_kv - seqlen_q) : 0};
+}
+
+// Half-open range of keys.
+struct KeyRange {
+  int32 begin;
+  int32 end;
+};
+
+// Keys that row `row` sees. Both ends never decrease from one row to the next: the block questions rest on that.
+// int64 inside: row + offset + window may pass 2^31.
+static constexpr KeyRange visible_keys(const MaskRule& rule, int32 row) {
+  const int64 diagonal = int64(row) + rule.offset;
+  const int64 begin = rule.window_left < 0 ? 0 : diagonal - rule.window_left;
+  const int64 end = rule.window_right < 0 ? rule.seqlen_kv : diagonal + rule.window_right + 1;
+  return {int32(clamp_to<int64>(begin, 0, rule.seqlen_kv)), int32(clamp_to<int64>(end, 0, rule.seqlen_kv))};
+}
+
+// Keys that at least one row of [row_begin, row_end) sees. The range may be empty (begin >= end).
+static constexpr KeyRange visible_keys(const MaskRule& rule, int32 row_begin, int32 row_end) {
+  return {visible_keys(rule, row_begin).begin, visible_keys(rule, row_end - 1).end};
+}
+
+enum class BlockKind : int32 { kNone, kPartial, kFull };
+
+// How much of the block rows [row_begin, row_end) x keys [key_begin, key_end) is visible.
+static constexpr BlockKind classify_block(const MaskRule& rule, int32 row_begin, int32 row_end, int32 key_begin,
+                                          int32 key_end) {
+  const KeyRange any = visible_keys(rule, row_begin, row_end);
+  if (max_of(any.begin, key_begin) >= min_of(any.end, key_end)) return BlockKind::kNone;
+  const KeyRange all = {visible_keys(rule, row_end - 1).begin, visible_keys(rule, row_begin).end};
+  return all.begin <= key_begin && key_end <= all.end ? BlockKind::kFull : BlockKind::kPartial;
+}
+
+static_assert(visible_keys(MaskRule{4, 6, -1, 0, 2}, 0).end == 3, "bottom-right causal: row 0 sees keys 0..2");
+static_assert(visible_keys(MaskRule{4, 6, -1, 0, 0}, 0).end == 1, "top-left causal: row 0 sees key 0");
+static_assert(visible_keys(MaskRule{6, 4, -1, 0, -2}, 1).end == 0, "more queries than keys: the first rows see none");
+static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 64, 128, 0, 64) == BlockKind::kFull);
+static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 0, 64, 64, 128) == BlockKind::kNone);
+
+}  // namespace flash

@@ -1,0 +1,189 @@
+#include "cpu/attention.h"
+
+#include <map>
+#include <memory>
+#include <new>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "cpu/plan.h"
+
+namespace flash::cpu {
+namespace {
+
+struct Build {
+  const char* name;
+  const FwdKernel* fwd;
+  const BwdKernel* bwd;
+};
+
+const Build& best_build() {
+  static const Build build = [] {
+#ifdef FLASH_X86_BUILDS
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return Build{"avx512", &avx512::fwd_kernel, &avx512::bwd_kernel};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return Build{"avx2", &avx2::fwd_kernel, &avx2::bwd_kernel};
+#endif
+    return Build{"baseline", &baseline::fwd_kernel, &baseline::bwd_kernel};
+  }();
+  return build;
+}
+
+// Multiply-adds below which one thread is faster than waking others (about 20 us of work).
+constexpr double kInlineWork = 1 << 20;
+
+bool is_small(const Problem& p) {
+  return double(num_batch_entries(p)) * double(p.num_heads) * double(p.seqlen_q) * double(p.seqlen_kv) *
+             double(p.head_dim + p.head_dim_v) <
+         kInlineWork;
+}
+
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], AlignedDelete>;
+
+Floats allocate(int64 floats) {
+  return Floats(static_cast<float*>(::operator new[](sizeof(float) * max_of<int64>(floats, 1), std::align_val_t{64})));
+}
+
+int64 element_size(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Sets rows [begin, end) of every head to zero; zero is all bits zero in each dtype.
+void zero_rows(const Problem& p, const View& view, int64 heads, int64 dim, const std::vector<RowRange>& ranges) {
+  const int64 bytes = element_size(view.dtype);
+  for (const RowRange& range : ranges)
+    for (int64 row = range.begin; row < range.end; ++row)
+      for (int64 head = 0; head < heads; ++head)
+        __builtin_memset(static_cast<char*>(view.data) + bytes * offset_of(p, view, range.batch, head, row), 0,
+                         bytes * dim);
+}
+
+// Sets rows [begin, end) of a [batch, head, row] float32 result.
+void fill_row_values(const Problem& p, const View& view, float value, const std::vector<RowRange>& ranges) {
+  for (const RowRange& range : ranges)
+    for (int64 head = 0; head < p.num_heads; ++head)
+      for (int64 row = range.begin; row < range.end; ++row)
+        *pointer_to<float>(p, view, range.batch, head, row) = value;
+}
+
+// ---- backward: how it is split ----
+
+// Splitting the keys buys parallelism with float32 copies of dq: no more of them than idle threads can use, nor than 8.
+int64 choose_splits(int64 independent_units, int64 num_threads, int64 seqlen_kv) {
+  const int64 wanted = ceil_div(num_threads, max_of<int64>(independent_units, 1));
+  return clamp_to<int64>(wanted, 1, clamp_to<int64>(seqlen_kv / 256, 1, 8));
+}
+
+// Identifies the elements of dbias that a unit adds to: (batch part, head, split), -1 where the bias is broadcast. Units
+// that agree here must run one after the other; without dbias all differ.
+using DbiasPart = std::tuple<int64, int64, int64>;
+
+DbiasPart dbias_part(const BwdProblem& p, int64 sequence, int64 batch, int64 head_kv, int64 split) {
+  if (!p.dbias.data) return {sequence, head_kv, split};
+  return {batch_offset(p, p.dbias, batch), p.dbias.head_stride ? head_kv : -1, p.dbias.col_stride ? split : -1};
+}
+
+struct BwdJob {
+  BwdProblem problem;
+  int64 splits = 1;                                  // of each sequence's keys
+  int64 max_unit_keys = 0;                           // in the longest split
+  std::vector<std::vector<BwdUnit>> units;           // each list runs in order on one thread
+  Floats dq_partials;                                // [splits, elements of dq], if splits > 1
+  std::unique_ptr<std::atomic<int64>[]> unfinished;  // [sequence, kv head]: splits still running
+};
+
+void make_units(const Plan& plan, int64 num_threads, BwdJob& job) {
+  const BwdProblem& p = job.problem;
+  const int64 sequences = int64(plan.sequences.size());
+  std::set<DbiasPart> independent;
+  for (int64 i = 0; i < sequences; ++i)
+    for (int64 head = 0; head < p.num_heads_kv; ++head)
+      independent.insert(dbias_part(p, i, plan.sequences[i].batch, head, 0));
+  job.splits = choose_splits(int64(independent.size()), num_threads, p.seqlen_kv);
+  const int64 dq_elements = num_batch_entries(p) * p.seqlen_q * p.num_heads * p.head_dim;
+  if (job.splits > 1) job.dq_partials = allocate(job.splits * dq_elements);
+  job.unfinished.reset(new std::atomic<int64>[sequences * p.num_heads_kv]);
+
+  std::map<DbiasPart, int64> list_of;
+  for (int64 i = 0; i < sequences; ++i) {
+    const Sequence& s = plan.sequences[i];
+    const int64 split_keys = round_up(ceil_div(s.kv_len, job.splits), kBlockKv);
+    job.max_unit_keys = max_of(job.max_unit_keys, split_keys);
+    for (int64 head = 0; head < p.num_heads_kv; ++head) {
+      job.unfinished[i * p.num_heads_kv + head] = job.splits;
+      for (int64 split = 0; split < job.splits; ++split) {
+        View dq = p.dq;
+        if (job.splits > 1) {
+          dq.data = job.dq_partials.get() + split * dq_elements;
+          dq.dtype = DType::kF32;
+        }
+        const BwdUnit unit = {s, head, min_of(split * split_keys, s.kv_len), min_of((split + 1) * split_keys, s.kv_len),
+                              dq, split == 0, &job.unfinished[i * p.num_heads_kv + head]};
+        const auto [at, is_new] =
+            list_of.try_emplace(dbias_part(p, i, s.batch, head, split), int64(job.units.size()));
+        if (is_new) job.units.emplace_back();
+        job.units[at->second].push_back(unit);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const char* instruction_set() { return best_build().name; }
+
+void forward(const FwdProblem& problem, const Executor& executor) {
+  struct Job {
+    FwdProblem problem;
+    std::vector<FwdUnit> units;
+  };
+  auto job = std::make_shared<Job>(Job{problem, {}});
+  const FwdProblem& p = job->problem;
+  const Plan plan = make_plan(p);
+  zero_rows(p, p.o, p.num_heads, p.head_dim_v, plan.unused_q_rows);
+  fill_row_values(p, p.lse, -__builtin_inff(), plan.unused_q_rows);
+  if (p.options.return_softmax)
+    __builtin_memset(p.probs.data, 0,
+                     sizeof(float) * num_batch_entries(p) * p.num_sequences * p.probs_sequence_stride);
+  for (const Sequence& s : plan.sequences)
+    for (int64 head = 0; head < p.num_heads; ++head)
+      for (int64 q_begin = 0; q_begin < s.q_len; q_begin += kBlockQ) job->units.push_back({s, head, q_begin});
+
+  parallel_for(executor, int64(job->units.size()), is_small(p), [job] {
+    const FwdKernel& kernel = *best_build().fwd;
+    std::shared_ptr<float[]> scratch = allocate(kernel.scratch_floats(job->problem));
+    return [job, &kernel, scratch](int64 i) { kernel.run(job->problem, job->units[i], scratch.get()); };
+  });
+}
+
+void backward(const BwdProblem& problem, const Executor& executor) {
+  auto job = std::make_shared<BwdJob>();
+  job->problem = problem;
+  const BwdProblem& p = job->problem;
+  const Plan plan = make_plan(p);
+  zero_rows(p, p.dq, p.num_heads, p.head_dim, plan.unused_q_rows);
+  fill_row_values(p, p.delta, 0.0f, plan.unused_q_rows);
+  zero_rows(p, p.dk, p.num_heads_kv, p.head_dim, plan.unused_kv_rows);
+  zero_rows(p, p.dv, p.num_heads_kv, p.head_dim_v, plan.unused_kv_rows);
+  if (p.dbias.data) __builtin_memset(p.dbias.data, 0, sizeof(float) * p.dbias_elements);
+  make_units(plan, executor.num_threads, *job);
+
+  parallel_for(executor, int64(job->units.size()), is_small(p), [job] {
+    const BwdKernel& kernel = *best_build().bwd;
+    std::shared_ptr<float[]> scratch = allocate(kernel.scratch_floats(job->problem, job->max_unit_keys));
+    return [job, &kernel, scratch](int64 i) {
+      for (const BwdUnit& unit : job->units[i]) {
+        kernel.run(job->problem, unit, scratch.get());
+        // The last split of a head to end adds the partial dq up, in the order of the splits: always the same sum.
+        if (--*unit.unfinished == 0 && job->splits > 1)
+          kernel.sum_dq(job->problem, unit, job->dq_partials.get(), job->splits);
+      }
+    };
+  });
+}
+
+}  // namespace flash::cpu

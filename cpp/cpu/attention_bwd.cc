@@ -1,0 +1,181 @@
+// Backward attention for one kv head: Dao et al., "FlashAttention", 2022, algorithm 4, with P recomputed from the LSE.
+//
+//   P  = exp(S - LSE)          dV = P^T dO          dP = dO V^T
+//   dS = P * (dP - delta)      dQ = scale dS K      dK = scale dS^T Q       delta = rowsum(dO * O) - dLSE
+//
+// dLSE enters by delta alone, since dLSE/dS = P. dK and dV of the unit's keys stay in float32 in the thread's scratch
+// until all query heads of the group are summed.
+#include "cpu/tile.h"
+
+namespace flash::cpu {
+namespace {
+
+struct Tiles {
+  float *k, *v;          // [unit keys, padded(head_dim)], [unit keys, padded(head_dim_v)]
+  float *dk, *dv;        // likewise
+  float *q, *qt;         // [kBlockQ, padded(head_dim)], [head_dim, lanes]
+  float *d_o, *d_ot;     // [kBlockQ, padded(head_dim_v)], [head_dim_v, lanes]
+  float* dq;             // [kBlockQ, padded(head_dim)]
+  float *scores, *dp;    // [kBlockKv, lanes]; they become P and dS
+  float* softcap_grad;   // [kBlockKv, lanes]
+  int32* keep;           // [kBlockKv, lanes]
+  float *lse, *delta;    // [lanes], LSE in log2 units
+  float* row;            // [max(head_dim, head_dim_v)]
+};
+
+Tiles make_tiles(const BwdProblem& p, int64 unit_keys, Scratch& scratch) {
+  const int64 dim = padded(p.head_dim), dim_v = padded(p.head_dim_v);
+  Tiles t;
+  t.k = scratch.take(unit_keys * dim);
+  t.v = scratch.take(unit_keys * dim_v);
+  t.dk = scratch.take(unit_keys * dim);
+  t.dv = scratch.take(unit_keys * dim_v);
+  t.q = scratch.take(kBlockQ * dim);
+  t.qt = scratch.take(kBlockQ * dim);
+  t.d_o = scratch.take(kBlockQ * dim_v);
+  t.d_ot = scratch.take(kBlockQ * dim_v);
+  t.dq = scratch.take(kBlockQ * dim);
+  t.scores = scratch.take(kBlockKv * kBlockQ);
+  t.dp = scratch.take(kBlockKv * kBlockQ);
+  t.softcap_grad = scratch.take(kBlockKv * kBlockQ);
+  t.keep = reinterpret_cast<int32*>(scratch.take(kBlockKv * kBlockQ));
+  t.lse = scratch.take(kBlockQ);
+  t.delta = scratch.take(kBlockQ);
+  t.row = scratch.take(max_of(dim, dim_v));
+  return t;
+}
+
+void set_zero(float* x, int64 count) {
+  for (int64 e = 0; e < count; ++e) x[e] = 0.0f;
+}
+
+// The query side of a block: Q, dO (rows and transposed), LSE and delta. Lanes past the last row get P = 0.
+void load_query_side(const BwdProblem& p, const Sequence& s, int64 head, const QueryTile& q, Tiles& t) {
+  const int64 row = s.q_begin + q.begin;
+  load_rows(p, p.q, s.batch, head, row, q.rows, p.head_dim, t.q);
+  load_rows(p, p.d_o, s.batch, head, row, q.rows, p.head_dim_v, t.d_o);
+  set_zero(t.q + q.rows * padded(p.head_dim), (q.lanes - q.rows) * padded(p.head_dim));
+  set_zero(t.d_o + q.rows * padded(p.head_dim_v), (q.lanes - q.rows) * padded(p.head_dim_v));
+  transpose(t.q, q.rows, p.head_dim, p.options.scale * kLog2e, q.lanes, t.qt);
+  transpose(t.d_o, q.rows, p.head_dim_v, 1.0f, q.lanes, t.d_ot);
+  for (int64 i = 0; i < q.lanes; ++i) {
+    t.lse[i] = __builtin_inff();
+    t.delta[i] = 0.0f;
+    if (i >= q.rows) continue;
+    const float lse = *pointer_to<float>(p, p.lse, s.batch, head, row + i);
+    if (lse == -__builtin_inff()) continue;  // a row that sees no key
+    load_row(p.o, offset_of(p, p.o, s.batch, head, row + i), p.head_dim_v, t.row);
+    float delta = -*pointer_to<float>(p, p.d_lse, s.batch, head, row + i);
+    for (int64 d = 0; d < p.head_dim_v; ++d) delta += t.row[d] * t.d_o[i * padded(p.head_dim_v) + d];
+    t.lse[i] = lse * kLog2e;
+    t.delta[i] = delta;
+  }
+}
+
+// scores -> P as dV needs it (dropped and rescaled), dp -> dS before softcap and scale.
+void softmax_backward(const BwdProblem& p, const QueryTile& q, int64 keys, Tiles& t) {
+  const bool dropout = p.dropout_stream.data;
+  const VecF keep_scale = splat(dropout ? dropout_scale(p) : 1.0f);
+  for (int64 j = 0; j < keys; ++j)
+    for (int64 i = 0; i < q.lanes; i += kLanes) {
+      const int64 e = j * q.lanes + i;
+      const VecF probability = exp2(load(t.scores + e) - load(t.lse + i));
+      VecF scale = keep_scale;
+      if (dropout) scale = select(load(t.keep + e), scale, VecF{});
+      const VecF ds = probability * (load(t.dp + e) * scale - load(t.delta + i));
+      store(t.scores + e, probability * scale);
+      // dP of a hidden element may be NaN (its key may be), and 0 * NaN is not 0.
+      store(t.dp + e, select(probability == VecF{}, VecF{}, ds));
+    }
+}
+
+void add_dbias(const BwdProblem& p, const Sequence& s, int64 head, const QueryTile& q, int64 key, int64 keys,
+               const float* ds) {
+  float* dbias = pointer_to<float>(p, p.dbias, s.batch, head, s.q_begin + q.begin, key);
+  for (int64 i = 0; i < q.rows; ++i)
+    for (int64 j = 0; j < keys; ++j)
+      dbias[i * p.dbias.row_stride + j * p.dbias.col_stride] += ds[j * q.lanes + i];
+}
+
+void bwd(const BwdProblem& p, const BwdUnit& unit, float* memory) {
+  const Sequence& s = unit.sequence;
+  const int64 unit_keys = unit.kv_end - unit.kv_begin;
+  const int64 ldk = padded(p.head_dim), ldv = padded(p.head_dim_v);
+  Scratch scratch{memory};
+  Tiles t = make_tiles(p, unit_keys, scratch);
+
+  load_kv_rows(p, p.k, s, unit.head_kv, unit.kv_begin, unit_keys, p.head_dim, t.k);
+  load_kv_rows(p, p.v, s, unit.head_kv, unit.kv_begin, unit_keys, p.head_dim_v, t.v);
+  set_zero(t.dk, unit_keys * ldk);
+  set_zero(t.dv, unit_keys * ldv);
+
+  const int64 group = p.num_heads / p.num_heads_kv;
+  for (int64 head = unit.head_kv * group; head < (unit.head_kv + 1) * group; ++head) {
+    for (int64 q_begin = 0; q_begin < s.q_len; q_begin += kBlockQ) {
+      const QueryTile q = make_query_tile(p, s, head, q_begin);
+      load_query_side(p, s, head, q, t);
+      set_zero(t.dq, q.lanes * ldk);
+
+      const int64 first = max_of<int64>(unit.kv_begin, q.keys.begin / kBlockKv * kBlockKv);
+      const int64 last = min_of<int64>(unit.kv_end, q.keys.end);
+      for (int64 key = first; key < last; key += kBlockKv) {
+        const int64 keys = min_of(kBlockKv, last - key), at = key - unit.kv_begin;
+        const BlockKind kind = classify_tile(p, s, head, q, key, keys);
+        if (kind == BlockKind::kNone) continue;
+        const float *k = t.k + at * ldk, *v = t.v + at * ldv;
+        score_tile(p, s, head, q, t.qt, k, key, keys, kind, t.scores, t.softcap_grad);
+        gemm<false>(keys, q.lanes, p.head_dim_v, v, ldv, t.d_ot, q.lanes, t.dp, q.lanes, false);
+        if (p.dropout_stream.data) dropout_tile(p, s, head, q, key, keys, t.keep);
+        softmax_backward(p, q, keys, t);
+        if (p.dbias.data) add_dbias(p, s, head, q, key, keys, t.dp);
+        if (p.options.softcap != 0.0f)
+          for (int64 e = 0; e < keys * q.lanes; e += kLanes)
+            store(t.dp + e, load(t.dp + e) * load(t.softcap_grad + e));
+        gemm<false>(keys, ldv, q.lanes, t.scores, q.lanes, t.d_o, ldv, t.dv + at * ldv, ldv, true);
+        gemm<false>(keys, ldk, q.lanes, t.dp, q.lanes, t.q, ldk, t.dk + at * ldk, ldk, true);
+        gemm<true>(q.rows, ldk, keys, t.dp, q.lanes, k, ldk, t.dq, ldk, true);
+      }
+
+      for (int64 i = 0; i < q.rows; ++i) {
+        const int64 row = s.q_begin + q.begin + i;
+        for (int64 c = 0; c < p.head_dim; ++c) t.row[c] = t.dq[i * ldk + c] * p.options.scale;
+        store_row(unit.dq, offset_of(p, unit.dq, s.batch, head, row), p.head_dim, t.row);
+        if (unit.first_split) *pointer_to<float>(p, p.delta, s.batch, head, row) = t.delta[i];
+      }
+    }
+  }
+
+  for (int64 j = 0; j < unit_keys; ++j) {
+    const int64 row = s.kv_begin + unit.kv_begin + j;
+    for (int64 c = 0; c < p.head_dim; ++c) t.row[c] = t.dk[j * ldk + c] * p.options.scale;
+    store_row(p.dk, offset_of(p, p.dk, s.batch, unit.head_kv, row), p.head_dim, t.row);
+    store_row(p.dv, offset_of(p, p.dv, s.batch, unit.head_kv, row), p.head_dim_v, t.dv + j * ldv);
+  }
+}
+
+void sum_dq(const BwdProblem& p, const BwdUnit& unit, const float* partials, int64 splits) {
+  const Sequence& s = unit.sequence;
+  const int64 elements = num_batch_entries(p) * p.seqlen_q * p.num_heads * p.head_dim;
+  const int64 group = p.num_heads / p.num_heads_kv;
+  float sum[kMaxHeadDim];
+  for (int64 head = unit.head_kv * group; head < (unit.head_kv + 1) * group; ++head)
+    for (int64 i = 0; i < s.q_len; ++i) {
+      const int64 offset = offset_of(p, p.dq, s.batch, head, s.q_begin + i);
+      for (int64 c = 0; c < p.head_dim; ++c) sum[c] = partials[offset + c];
+      for (int64 split = 1; split < splits; ++split)
+        for (int64 c = 0; c < p.head_dim; ++c) sum[c] += partials[split * elements + offset + c];
+      store_row(p.dq, offset, p.head_dim, sum);
+    }
+}
+
+int64 bwd_scratch(const BwdProblem& p, int64 max_unit_keys) {
+  Scratch scratch{nullptr};
+  make_tiles(p, max_unit_keys, scratch);
+  return scratch.used;
+}
+
+}  // namespace
+
+const BwdKernel FLASH_ISA::bwd_kernel = {bwd_scratch, bwd, sum_dq};
+
+}  // namespace flash::cpu

@@ -1,0 +1,7 @@
+// The handlers that module.cc hands to JAX.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_fwd_cpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_bwd_cpu);

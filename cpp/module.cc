@@ -1,0 +1,21 @@
+// The extension module jax_flash._core: the handlers as capsules, ready for jax.ffi.register_ffi_target.
+#include <nanobind/nanobind.h>
+
+#include "cpu/attention.h"
+#include "ffi/handlers.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_core, m) {
+  m.def(
+      "targets",
+      [] {
+        nb::dict targets;
+        targets["jax_flash_fwd"] = nb::capsule(reinterpret_cast<void*>(jax_flash_fwd_cpu));
+        targets["jax_flash_bwd"] = nb::capsule(reinterpret_cast<void*>(jax_flash_bwd_cpu));
+        return targets;
+      },
+      "Handlers of the custom calls on platform \"cpu\", by target name.");
+  m.def("instruction_set", &flash::cpu::instruction_set,
+        "The processor's instruction set in use: \"avx512\", \"avx2\" or \"baseline\".");
+}

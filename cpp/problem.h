@@ -1,0 +1,105 @@
+// An attention problem as plain data: pointers, shapes and options. It is all that crosses from the XLA boundary
+// (ffi/) to the implementations (cpu/, cuda/), which therefore need to know nothing about XLA.
+//
+// Dense and packed (varlen) problems are one: a batch entry holds `num_sequences` sequences (one when dense) inside
+// its rows. Paged problems differ only in how a key's row is found.
+#pragma once
+
+#include "common/types.h"
+
+namespace flash {
+
+inline constexpr int32 kMaxBatchAxes = 8;
+inline constexpr int64 kMaxHeadDim = 256;
+
+// A strided operand. Strides are in elements; the stride of an axis that is broadcast is 0.
+struct View {
+  void* data;  // null: the operand is absent
+  DType dtype;
+  int64 batch_stride[kMaxBatchAxes];
+  int64 head_stride;
+  int64 row_stride;
+  int64 col_stride;
+};
+
+struct Options {
+  float scale;
+  float softcap;  // 0: none
+  int32 window_left;
+  int32 window_right;
+  bool bottom_right;
+  int32 keep_threshold;  // of 256; 256: no dropout
+  bool return_softmax;
+};
+
+struct Problem {
+  Options options;
+  DType dtype;  // of q, k, v, o and their gradients
+
+  int32 num_batch_axes;
+  int64 batch_dims[kMaxBatchAxes];
+  int64 num_sequences;  // per batch entry
+  int64 seqlen_q;       // rows per batch entry (the packed total when varlen)
+  int64 seqlen_kv;      // likewise; for paged problems the capacity of a page table row
+  int64 num_heads;
+  int64 num_heads_kv;
+  int64 head_dim;    // of q and k
+  int64 head_dim_v;  // of v and o
+  int64 page_size;   // 0: not paged
+  int64 num_pages;
+
+  // Operands, by the field's names. Rows are queries or keys; `col` is the head dim, or the key for bias and mask.
+  View q, k, v;
+  View bias, mask;        // broadcast over any axis
+  View alibi_slopes;      // [batch, sequence, head] float32, sequence on `row`
+  View sinks;             // [batch, head] float32
+  View q_lens, kv_lens;   // [batch, sequence] int32, sequence on `row`
+  View q_segment_ids, kv_segment_ids;  // [batch, row] int32
+  View cu_seqlens_q, cu_seqlens_kv;    // [batch, sequence + 1] int32, on `row`
+  View page_table;                     // [batch, sequence, page] int32, sequence on `row`, page on `col`
+  View dropout_stream;                 // [batch, head, 4] uint32: key, batch index, head index
+};
+
+struct FwdProblem : Problem {
+  View o;
+  View lse;    // [batch, head, row] float32
+  View probs;  // [batch, sequence, head, i, j] float32; see return_softmax. Sequence stride in `probs_sequence_stride`
+  int64 probs_sequence_stride;
+  int64 probs_rows, probs_cols;
+};
+
+struct BwdProblem : Problem {
+  View o, lse;
+  View d_o, d_lse;  // cotangents
+  View dq, dk, dv;
+  View delta;  // [batch, head, row] float32: rowsum(dO * O) - dLSE
+  View dbias;  // float32, shaped as bias
+  int64 dbias_elements;
+};
+
+static inline int64 num_batch_entries(const Problem& p) {
+  int64 n = 1;
+  for (int32 a = 0; a < p.num_batch_axes; ++a) n *= p.batch_dims[a];
+  return n;
+}
+
+// Element offset of batch entry `batch` (linear, last axis fastest) in `view`.
+static inline int64 batch_offset(const Problem& p, const View& view, int64 batch) {
+  int64 offset = 0;
+  for (int32 a = p.num_batch_axes - 1; a >= 0; --a) {
+    offset += batch % p.batch_dims[a] * view.batch_stride[a];
+    batch /= p.batch_dims[a];
+  }
+  return offset;
+}
+
+static inline int64 offset_of(const Problem& p, const View& view, int64 batch, int64 head, int64 row, int64 col = 0) {
+  return batch_offset(p, view, batch) + head * view.head_stride + row * view.row_stride + col * view.col_stride;
+}
+
+template <class T>
+static inline T* pointer_to(const Problem& p, const View& view, int64 batch, int64 head, int64 row, int64 col = 0) {
+  return static_cast<T*>(view.data) + offset_of(p, view, batch, head, row, col);
+}
+
+}  // namespace flash

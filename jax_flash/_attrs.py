@@ -1,0 +1,113 @@
+"""What a call is made of: the static half (``Attrs``) and the names, order and axes of its array operands.
+
+``Attrs`` and ``OPERANDS`` mirror ``cpp/ffi/attrs.h`` (tests/test_attrs.py). Whatever may change from step to step, such
+as lengths or the dropout key, is an operand, so that it never causes a recompilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+NO_DROPOUT = 256
+MAX_HEAD_DIM = 256
+MAX_BATCH_AXES = 8
+
+# Axes of each operand behind its batch axes, which the query has in front of [T, N, H]:
+#   T, S query and key rows; N, K query and key heads; H, D head dims of key and value;
+#   B sequences of a packed batch, C = B + 1; M pages of a table row; P pages, R rows of a page; W four words.
+# Axes in lower case may have size 1 and are then broadcast, as may all batch axes but the query's. Where packed and paged
+# calls differ is in `operand_axes`.
+OPERANDS = {
+    "query": "TNH",
+    "key": "SKH",
+    "value": "SKD",
+    "bias": "nts",
+    "mask": "nts",
+    "alibi_slopes": "N",
+    "sinks": "N",
+    "query_seq_lengths": "",
+    "key_value_seq_lengths": "",
+    "query_segment_ids": "T",
+    "key_value_segment_ids": "S",
+    "cu_seqlens_q": "C",
+    "cu_seqlens_kv": "C",
+    "page_table": "M",
+    "dropout_stream": "NW",
+    # Of the backward call only:
+    "out": "TND",
+    "lse": "NT",
+    "d_out": "TND",
+    "d_lse": "NT",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attrs:
+    """The static half of a call; every field selects code or is a number compiled into it.
+
+    Attributes:
+      scale: factor of the scores.
+      logits_soft_cap: the cap, 0 for none.
+      window_left: keys visible to the left of the diagonal, -1 for all.
+      window_right: likewise to the right; causal is 0.
+      bottom_right: the diagonal ends at the last query and key; otherwise it starts at the first ones.
+      keep_threshold: an element is kept iff its random byte is below this; 256 for no dropout.
+      deterministic: the backward pass must be bitwise reproducible.
+      return_softmax: the forward pass also returns the probabilities.
+      max_seqlen_q: static bound on the length of a packed query sequence; 0 if not packed.
+      max_seqlen_kv: likewise for keys.
+      num_splits: parts of the keys that a paged call treats in parallel; 0 leaves the choice to the implementation.
+    """
+
+    scale: float
+    logits_soft_cap: float = 0.0
+    window_left: int = -1
+    window_right: int = -1
+    bottom_right: bool = True
+    keep_threshold: int = NO_DROPOUT
+    deterministic: bool = False
+    return_softmax: bool = False
+    max_seqlen_q: int = 0
+    max_seqlen_kv: int = 0
+    num_splits: int = 0
+
+
+def ffi_attributes(attrs: Attrs, operands: tuple[str, ...]) -> dict[str, np.generic | bool]:
+    """Attributes of the custom call, of the exact types that ``cpp/ffi/attrs.h`` decodes."""
+    to_ffi = {"float": np.float32, "int": np.int32, "bool": bool}
+    names = list(OPERANDS)
+    present = sum(1 << names.index(name) for name in operands)
+    return {
+        "operands": np.int32(present),
+        **{f.name: to_ffi[str(f.type)](getattr(attrs, f.name)) for f in dataclasses.fields(attrs)},
+    }
+
+
+def operand_axes(name: str, operands: tuple[str, ...]) -> str:
+    """Axes of operand ``name`` behind the batch axes, in a call that has ``operands``."""
+    packed, paged = "cu_seqlens_q" in operands, "page_table" in operands
+    if paged and name in ("key", "value"):
+        return "PR" + OPERANDS[name][1:]
+    if packed and name in ("query_seq_lengths", "key_value_seq_lengths", "page_table"):
+        return "B" + OPERANDS[name]
+    if packed and name == "alibi_slopes":
+        return "bN"
+    return OPERANDS[name]
+
+
+def forward_axes(attrs: Attrs, operands: tuple[str, ...]) -> dict[str, str]:
+    """Results of the forward call and their axes."""
+    results = {"out": "TND", "lse": "NT"}
+    if attrs.return_softmax:
+        results["probs"] = "BNXY" if "cu_seqlens_q" in operands else "NTS"  # X, Y: max_seqlen_q, max_seqlen_kv
+    return results
+
+
+def backward_axes(operands: tuple[str, ...]) -> dict[str, str]:
+    """Results of the backward call and their axes."""
+    results = {"query": "TNH", "key": "SKH", "value": "SKD", "delta": "NT"}
+    if "bias" in operands:
+        results["bias"] = "nts"
+    return results

@@ -1,0 +1,169 @@
+"""Ties the forward call to the backward call. Every public function goes through ``attend``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_flash import _ffi, _partitioning, compat
+from jax_flash._attrs import Attrs, backward_axes, forward_axes
+
+Arrays = dict[str, jax.Array]
+
+# Names for ``jax.checkpoint_policies.save_only_these_names``: with both saved, rematerialisation does not run the
+# forward kernel again.
+OUT_NAME = "flash_out"
+LSE_NAME = "flash_lse"
+
+_DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+
+
+def attend(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Differentiable attention: ``out [..., T, N, D]`` and ``lse [..., N, T]``, on any mesh.
+
+    Both cotangents are honoured. Gradients reach query, key, value, bias and sinks; the other operands are constants.
+    A paged call (one with a page table) has no gradient.
+    """
+    names = tuple(operands)
+
+    def local(operands: Arrays) -> Arrays:
+        operands = compat.unify_varying(operands)
+        if "page_table" in operands:
+            return _forward_paged(attrs, operands)
+        out, lse = _attend(attrs, {n: _reverse_only(x) if n in _DIFFERENTIABLE else x for n, x in operands.items()})
+        return {"out": out, "lse": lse}
+
+    results = _partitioning.in_explicit_mesh(local, operands, forward_axes(attrs, names))
+    return results["out"], results["lse"]
+
+
+def probabilities(attrs: Attrs, operands: Arrays) -> jax.Array:
+    """The attention matrix itself (``Attrs.return_softmax``), for tests; a constant to differentiation."""
+    attrs = dataclasses.replace(attrs, return_softmax=True)
+    operands = jax.lax.stop_gradient(operands)
+    call = functools.partial(_ffi.forward, attrs)
+    return _partitioning.in_explicit_mesh(call, operands, forward_axes(attrs, tuple(operands)))["probs"]
+
+
+def backward(attrs: Attrs, operands: Arrays) -> Arrays:
+    """The backward call by itself (``_ffi.backward``), with a helpful error in place of a second derivative."""
+    call = functools.partial(_backward_once, attrs)
+    return _partitioning.in_explicit_mesh(call, operands, backward_axes(tuple(operands)))
+
+
+def _without_derivative(function: Callable, why: str) -> Callable:
+    """``function(attrs, operands)``, which raises NotImplementedError(why) when differentiated."""
+    wrapped = jax.custom_jvp(function, nondiff_argnums=(0,))
+
+    @wrapped.defjvp
+    def _(attrs, primals, tangents):
+        raise NotImplementedError(why)
+
+    return wrapped
+
+
+_forward_paged = _without_derivative(
+    _ffi.forward,
+    "jax_flash: paged attention is for inference and has no gradient. For training use flash_attention or "
+    "flash_attention_varlen.",
+)
+_backward_once = _without_derivative(
+    _ffi.backward,
+    "jax_flash: attention is differentiable once. A second derivative (grad of grad, hessian) is not implemented; "
+    "jax.nn.dot_product_attention has one.",
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
+    results = _ffi.forward(attrs, operands)
+    return results["out"], results["lse"]
+
+
+def _attend_fwd(attrs: Attrs, operands: Arrays):
+    out, lse = _attend(attrs, operands)
+    out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
+    return (out, lse), (operands, out, lse)
+
+
+def _attend_bwd(attrs: Attrs, residuals, cotangents):
+    operands, out, lse = residuals
+    d_out, d_lse = cotangents
+    # A sink is no operand of the backward call: it acts through lse alone.
+    inputs = {n: x for n, x in operands.items() if n != "sinks"}
+    results = _backward_once(attrs, {**inputs, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse})
+    gradients = {n: results[n] for n in ("query", "key", "value")}
+    if "bias" in operands:
+        gradients["bias"] = results["bias"].astype(operands["bias"].dtype)
+    if "sinks" in operands:
+        gradients["sinks"] = _sinks_gradient(operands["sinks"], lse, results["delta"])
+    return ({name: gradients.get(name) for name in operands},)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _sinks_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    """-sum over rows of p_sink * delta, with p_sink = exp(sink - lse), summed over batch axes that ``sinks`` shares.
+
+    A sink is a key whose value is zero, so of dS = P * (dP - delta) only delta is left.
+    """
+    probability = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(sinks[..., None] - lse))  # [..., N, T]
+    gradient = -jnp.sum(probability * delta, axis=-1)
+    shared = tuple(a for a, size in enumerate(sinks.shape[:-1]) if size != gradient.shape[a])
+    return jnp.sum(gradient, axis=shared, keepdims=True)
+
+
+# Forward-mode differentiation of a custom_vjp fails with a sentence about custom_vjp. This identity makes the sentence
+# ours: its tangent map is a linear primitive that knows only its transpose, and it refuses to be run forwards.
+_FORWARD_MODE = (
+    "jax_flash: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not implemented for attention; use "
+    "reverse mode (jax.grad, jax.vjp, jax.jacrev)."
+)
+
+
+@jax.custom_jvp
+def _reverse_only(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_reverse_only.defjvp
+def _reverse_only_jvp(primals, tangents):
+    return primals[0], _tangent_p.bind(tangents[0])
+
+
+def _refuse_forward_mode(*args, **params):
+    raise NotImplementedError(_FORWARD_MODE)
+
+
+_tangent_p = Primitive("jax_flash_tangent")
+_tangent_p.def_impl(_refuse_forward_mode)
+_tangent_p.def_abstract_eval(lambda aval: aval)
+ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+batching.defvectorized(_tangent_p)
+mlir.register_lowering(_tangent_p, _refuse_forward_mode)
+
+
+def dropout_stream(
+    key: jax.Array, batch: tuple[int, ...], num_heads: int, *, offset: jax.Array | int = 0, broadcast: bool = False
+) -> jax.Array:
+    """The operand that names each (batch, head)'s random bits: uint32 ``[*batch, N, 4]`` = key, batch and head index.
+
+    The indices are data, sharded and mapped like any operand, so the bits of a (batch, head) are the same wherever it is
+    computed. ``offset`` shifts the batch index. With ``broadcast`` all indices are 0: one mask for all.
+    """
+    batch_index = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape((*batch, 1))
+    head_index = jnp.arange(num_heads, dtype=jnp.uint32)
+    indices = jnp.stack(jnp.broadcast_arrays(batch_index, head_index), axis=-1)
+    if broadcast:
+        indices = jnp.zeros_like(indices)
+    indices = indices + jnp.stack([jnp.asarray(offset, jnp.uint32), jnp.uint32(0)])
+    return jnp.concatenate([jnp.broadcast_to(key, indices.shape), indices], axis=-1)

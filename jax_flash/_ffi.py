@@ -1,0 +1,105 @@
+"""The two custom calls as JAX functions: registration, result types, and the rules for vmap and for sharded jit.
+
+``forward`` and ``backward`` take the static ``Attrs`` and a dict of operands (``_attrs.OPERANDS``) and choose nothing:
+they call what XLA finds under the target's name on the platform at hand. From the inside out each is
+``custom_vmap(custom_partitioning(ffi_call))``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from jax_flash import _core, _partitioning, compat
+from jax_flash._attrs import OPERANDS, Attrs, backward_axes, ffi_attributes, forward_axes, operand_axes
+
+FORWARD_TARGET = "jax_flash_fwd"
+BACKWARD_TARGET = "jax_flash_bwd"
+
+for _name, _handler in _core.targets().items():
+    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+
+# For ``jax.export.export(..., disabled_checks=...)``: exported programs may contain these two custom calls.
+DISABLED_CHECKS = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(target) for target in (FORWARD_TARGET, BACKWARD_TARGET)
+)
+
+Arrays = dict[str, jax.Array]
+
+
+def forward(attrs: Attrs, operands: Arrays) -> Arrays:
+    """Attention: ``out [..., T, N, D]``, ``lse [..., N, T]`` and, with ``attrs.return_softmax``, ``probs``."""
+    return _call(FORWARD_TARGET, attrs, _sorted_names(operands))(operands)
+
+
+def backward(attrs: Attrs, operands: Arrays) -> Arrays:
+    """Gradients by operand name (``query key value``, ``bias`` in float32) and ``delta [..., N, T]``.
+
+    ``delta`` is rowsum(d_out * out) - d_lse: the gradient of the logsumexp's shift, from which that of sinks follows.
+    """
+    return _call(BACKWARD_TARGET, attrs, _sorted_names(operands))(operands)
+
+
+def _sorted_names(operands: Arrays) -> tuple[str, ...]:
+    return tuple(name for name in OPERANDS if name in operands)
+
+
+def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
+    """Abstract evaluation: the results' shapes and dtypes follow from the operands' alone."""
+    names = tuple(operands)
+    query = operands["query"]
+    batch = query.shape[:-3]
+    sizes = {"X": attrs.max_seqlen_q, "Y": attrs.max_seqlen_kv}
+    for name, x in operands.items():
+        axes = operand_axes(name, names)
+        sizes.update(zip(axes, x.shape[x.ndim - len(axes) :], strict=True))
+    if target == FORWARD_TARGET:
+        results = forward_axes(attrs, names)
+    else:
+        results = backward_axes(names)
+
+    def result_type(name: str, axes: str) -> jax.ShapeDtypeStruct:
+        if name == "bias":
+            return compat.result_type(operands["bias"].shape, jnp.float32, operands)
+        dtype = jnp.float32 if name in ("lse", "delta", "probs") else query.dtype
+        return compat.result_type((*batch, *(sizes[a] for a in axes)), dtype, operands)
+
+    return {name: result_type(name, axes) for name, axes in results.items()}
+
+
+@functools.cache
+def _call(target: str, attrs: Attrs, names: tuple[str, ...]):
+    """The function ``operands -> results`` for one choice of static facts."""
+
+    def ffi_call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        operands = dict(zip(names, arrays, strict=True))
+        types = _result_types(target, attrs, operands)
+        call = jax.ffi.ffi_call(target, tuple(types.values()))
+        return tuple(call(*arrays, **ffi_attributes(attrs, names)))
+
+    results = tuple(forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names))
+    partitioned = _partitioning.partitioned(ffi_call, attrs, names, is_forward=target == FORWARD_TARGET)
+
+    @custom_vmap
+    def call(operands: Arrays) -> Arrays:
+        return dict(zip(results, partitioned(*(operands[name] for name in names)), strict=True))
+
+    @call.def_vmap
+    def batched(size: int, is_batched: tuple[dict[str, bool]], operands: Arrays):
+        """The mapped axis becomes one more batch axis, of size 1 where an operand is shared: no copies, no loop."""
+
+        def widen(name: str, x: jax.Array) -> jax.Array:
+            if is_batched[0][name]:
+                return x
+            # The query sets the batch axes, and each example needs its own gradient of a shared bias.
+            full = name == "query" or (name == "bias" and target == BACKWARD_TARGET)
+            return jnp.broadcast_to(x, (size, *x.shape)) if full else x[None]
+
+        out = call({name: widen(name, x) for name, x in operands.items()})
+        return out, dict.fromkeys(results, True)
+
+    return call

@@ -1,0 +1,213 @@
+"""How a call is divided over devices: batch and heads freely, everything else whole. Nothing else knows about meshes.
+
+Attention mixes neither batch entries nor heads, so a call whose operands are sharded over those axes runs on each
+device's part with no communication. Two exceptions add one all-reduce to the backward pass: key/value heads fewer than
+the devices they are needed on (dk, dv), and a bias that is shared by what is sharded (dbias).
+
+Meshes with Auto axes are served by ``partitioned`` (a Shardy rule), those with Explicit axes by ``in_explicit_mesh``
+(a shard_map); inside a user's shard_map every array is local already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_flash._attrs import Attrs, backward_axes, forward_axes, operand_axes
+
+Arrays = dict[str, jax.Array]
+# A label names one axis of one array: "b0", "b1", ... for batch, the letters of _attrs for the rest, None for an axis of
+# size 1 that is broadcast and thus never divided.
+Labels = tuple[str | None, ...]
+
+
+def _labels(axes: str, shape: tuple[int, ...]) -> Labels:
+    """Labels of an array with ``axes`` behind its batch axes."""
+    num_batch = len(shape) - len(axes)
+    labels = [f"b{i}" for i in range(num_batch)] + [a.upper() for a in axes]
+    broadcasts = [True] * num_batch + [a.islower() for a in axes]
+    return tuple(None if size == 1 and b else a for a, b, size in zip(labels, broadcasts, shape, strict=True))
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+class _Division:
+    """Which mesh axes divide which labelled axis, for the operands of one call.
+
+    ``specs`` are the operands' present shardings (tuples as in PartitionSpec, one entry per axis). The query's are
+    followed; key heads go with it where their number allows. Where there are fewer key heads than parts, each device
+    takes the one key head that its query heads share (``slices_kv``).
+    """
+
+    def __init__(self, sizes: dict[str, int], shapes: dict[str, tuple], specs: dict[str, tuple], names: tuple[str, ...]):
+        self.names = names
+        self.labels = {name: _labels(operand_axes(name, names), shapes[name]) for name in names}
+        divided: dict[str | None, Any] = {}
+        taken: set[str] = set()
+        for name in ("query", *names):  # the query first: what it does not divide, others may
+            for label, entry in zip(self.labels[name], specs[name], strict=True):
+                axes = _mesh_axes(entry)
+                is_free = label not in divided and taken.isdisjoint(axes)
+                if axes and is_free and label is not None and (label[0] == "b" or label in "NK"):
+                    divided[label] = entry
+                    taken.update(axes)
+        num_heads, num_heads_kv = self._size("query", "N", shapes), self._size("key", "K", shapes)
+        heads = divided.pop("K", None) if "N" not in divided else divided.get("N")
+        self.kv_parts = math.prod(sizes[a] for a in _mesh_axes(heads))
+        group = num_heads // max(num_heads_kv, 1)
+        self.slices_kv = False
+        divided["N"] = divided["K"] = heads
+        if num_heads % self.kv_parts:
+            divided["N"] = divided["K"] = None
+        elif num_heads_kv % self.kv_parts:
+            divided["K"] = None
+            self.slices_kv = group % (num_heads // self.kv_parts) == 0
+            if not self.slices_kv:
+                divided["N"] = None
+        self.divided = divided
+        self.group = group
+
+    def _size(self, name: str, label: str, shapes: dict[str, tuple]) -> int:
+        return shapes[name][self.labels[name].index(label)]
+
+    def spec(self, labels: Labels) -> PartitionSpec:
+        return PartitionSpec(*(self.divided.get(label) for label in labels))
+
+    def local_heads(self, operands: Arrays) -> Arrays:
+        """Cuts out the key head that this device's query heads share, where devices outnumber key heads."""
+        if not self.slices_kv:
+            return operands
+        local = operands["query"].shape[-2]
+        head = _linear_index(_mesh_axes(self.divided["N"])) * local // self.group
+        cut = {n: jax.lax.dynamic_slice_in_dim(operands[n], head, 1, operands[n].ndim - 2) for n in ("key", "value")}
+        return {**operands, **cut}
+
+    def sum_shared(self, results: Arrays, operands: Arrays) -> Arrays:
+        """Adds up, over devices, the gradients of what several devices read: a shared key head or bias."""
+        summed = dict(results)
+        if self.slices_kv:
+            axes = _mesh_axes(self.divided["N"])
+            head = _linear_index(axes) * operands["query"].shape[-2] // self.group
+            for name in {"key", "value"} & set(results):
+                part, whole = results[name], jnp.zeros(_kv_shape(results[name], operands[name]), results[name].dtype)
+                whole = jax.lax.dynamic_update_slice_in_dim(whole, part, head, part.ndim - 2)
+                summed[name] = jax.lax.psum(whole, axes)
+        if "bias" in results:
+            own = set(self.labels["bias"])
+            axes = [a for label, e in self.divided.items() if label not in own and label != "K" for a in _mesh_axes(e)]
+            summed["bias"] = jax.lax.psum(results["bias"], tuple(axes)) if axes else results["bias"]
+        return summed
+
+
+def _kv_shape(part: jax.Array, whole: jax.Array) -> tuple[int, ...]:
+    return (*part.shape[:-2], whole.shape[-2], part.shape[-1])
+
+
+def _linear_index(axes: tuple[str, ...]) -> jax.Array:
+    index = jnp.int32(0)
+    for axis in axes:
+        index = index * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
+    return index
+
+
+def partitioned(call: Callable, attrs: Attrs, names: tuple[str, ...], is_forward: bool) -> Callable:
+    """``call(*arrays)`` with a rule that divides it under jit over a mesh with Auto axes.
+
+    Args:
+      call: the custom call on whole or local arrays, positional in the order of ``names``; returns a tuple.
+      attrs: the call's static half.
+      names: its operands.
+      is_forward: which results it has.
+    """
+    results = forward_axes(attrs, names) if is_forward else backward_axes(names)
+
+    def result_labels(types) -> list[Labels]:
+        return [_labels(axes, t.shape) for axes, t in zip(results.values(), types, strict=True)]
+
+    def rule(mesh, operand_types, result_types):
+        del mesh
+        shapes = [tuple(t.shape) for t in operand_types]
+        labels = [_labels(operand_axes(n, names), s) for n, s in zip(names, shapes, strict=True)]
+        same_heads = dict(zip(labels[0], shapes[0], strict=True))["N"] == dict(zip(labels[1], shapes[1], strict=True))["K"]
+        factors: list[str] = []
+        whole: list[str] = []
+
+        def factor(label: str | None) -> str:
+            name = f"one{len(factors)}" if label is None else "n" if label == "K" and same_heads else label.lower()
+            if name not in factors:
+                factors.append(name)
+                if label is None or not (label[0] == "b" or label in "NK"):
+                    whole.append(name)
+            return name
+
+        def side(all_labels) -> str:
+            return ", ".join(" ".join(map(factor, one)) for one in all_labels)
+
+        text = f"{side(labels)} -> {side(result_labels(result_types))}"
+        return text, {"need_replication_factors": tuple(whole)}
+
+    def partition(mesh, operand_types, result_types):
+        shapes = {n: tuple(t.shape) for n, t in zip(names, operand_types, strict=True)}
+        specs = {n: _spec_of(t.sharding, len(t.shape)) for n, t in zip(names, operand_types, strict=True)}
+        division = _Division(dict(mesh.shape), shapes, specs, names)
+
+        def local_call(*arrays):
+            operands = dict(zip(names, arrays, strict=True))
+            outs = call(*division.local_heads(operands).values())
+            if is_forward:
+                return outs
+            return tuple(division.sum_shared(dict(zip(results, outs, strict=True)), operands).values())
+
+        def shardings(all_labels):
+            return tuple(NamedSharding(mesh, division.spec(labels)) for labels in all_labels)
+
+        return mesh, local_call, shardings(result_labels(result_types)), shardings(division.labels.values())
+
+    # custom_partitioning binds arguments by name; a starred parameter takes any number of them.
+    divided = custom_partitioning(call)
+    divided.def_partition(partition=partition, sharding_rule=rule)
+    return divided
+
+
+def _spec_of(sharding: Any, ndim: int) -> tuple:
+    """The spec padded to ``ndim``. In a shard_map with some axes left Auto XLA hands over a sharding without one."""
+    spec = tuple(getattr(sharding, "spec", ()))
+    return spec + (None,) * (ndim - len(spec))
+
+
+def in_explicit_mesh(call: Callable[[Arrays], Arrays], operands: Arrays, result_axes: dict[str, str]) -> Arrays:
+    """``call(operands)``, inside a shard_map over the Explicit axes of the current mesh if it has any.
+
+    Args:
+      call: takes the operands and returns the results by name.
+      operands: global arrays; their types say how they are sharded.
+      result_axes: the axes behind the batch of each result, as in ``_attrs``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+    if not explicit:
+        return call(operands)
+    shapes = {name: x.shape for name, x in operands.items()}
+    specs = {name: _spec_of(jax.typeof(x).sharding, x.ndim) for name, x in operands.items()}
+    division = _Division(dict(mesh.shape), shapes, specs, tuple(operands))
+    wanted = {name: division.spec(labels) for name, labels in division.labels.items()}
+    moved = {
+        name: x if specs[name] == tuple(wanted[name]) else jax.sharding.reshard(x, wanted[name])
+        for name, x in operands.items()
+    }
+    batch_labels = tuple(f"b{i}" for i in range(operands["query"].ndim - 3))
+    out_specs = {name: division.spec((*batch_labels, *axes)) for name, axes in result_axes.items()}
+
+    def local_call(operands: Arrays) -> Arrays:
+        return division.sum_shared(call(division.local_heads(operands)), operands)
+
+    return jax.shard_map(local_call, in_specs=(wanted,), out_specs=out_specs, axis_names=explicit)(moved)
