@@ -1,44 +1,48 @@
-"""FlashAttention for Flax Linen: an `attention_fn` for Flax's own layer, and a `SelfAttention` layer.
+"""FlashAttention for Flax Linen: an ``attention_fn`` for Flax's own layer, and a ``SelfAttention`` layer.
 
-Nothing in `jax_flash` imports this module, so Flax stays an optional dependency. Flax ships Linen and NNX together; the
-functions of arrays that serve both live in `jax_flash.nnx`.
+Nothing in ``jax_flash`` imports this module, so Flax stays an optional dependency. Flax ships Linen and NNX together;
+the functions of arrays that serve both live in ``jax_flash.nnx``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import Array
 
-from jax_flash import flash_attention
+import jax_flash
 from jax_flash.nnx import attention_fn, cached_attention
 
 __all__ = ["SelfAttention", "attention_fn", "cached_attention"]
+
+# Nothing here asks for the log-sum-exp, so what comes back is one array.
+flash_attention = cast(Callable[..., Array], jax_flash.flash_attention)
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with causal mask, sliding window, grouped-query heads and a decode cache.
 
-    Its parameters have the names and shapes of those of `flax.linen.MultiHeadDotProductAttention`: checkpoints can be
+    Its parameters have the names and shapes of those of ``flax.linen.MultiHeadDotProductAttention``: checkpoints can be
     exchanged.
 
-    To generate text, make the layer with `decode=True`. As in Flax, `init` with an input of the maximal length creates
-    an empty "cache" collection of that length; each `apply(..., mutable=["cache"])` then appends its T >= 1 tokens:
-    first a whole prompt, then single tokens. The outputs equal those of one causal call on the whole text. What happens
-    at the end of the cache is told in `cached_attention`.
+    To generate text, make the layer with ``decode=True``. As in Flax, ``init`` with an input of the maximal length
+    creates an empty "cache" collection of that length; each ``apply(..., mutable=["cache"])`` then appends its T >= 1
+    tokens: first a whole prompt, then single tokens. The outputs equal those of one causal call on the whole text. What
+    happens at the end of the cache is told in ``cached_attention``.
 
     Attributes:
       num_heads: query heads, N.
-      num_kv_heads: key and value heads, K, with `N % K == 0`; None means N.
+      num_kv_heads: key and value heads, K, with ``N % K == 0``; None means N.
       head_dim: features of a head, H; None means F / N, with F the features of the input and of the output.
       is_causal: a token sees itself and earlier tokens only. Decoding needs it.
-      local_window_size: `w` or `(left, right)`, as in `jax_flash.flash_attention`.
-      logits_soft_cap: as in `jax_flash.flash_attention`.
+      local_window_size: ``w`` or ``(left, right)``, as in ``jax_flash.flash_attention``.
+      logits_soft_cap: as in ``jax_flash.flash_attention``.
       dropout_rate: dropout on the attention weights, in [0, 1); its key is of the collection "dropout".
-      deterministic: True switches dropout off; with `dropout_rate > 0` it is given here or in the call.
+      deterministic: True switches dropout off; with ``dropout_rate > 0`` it is given here or in the call.
       use_bias: whether the four projections have a bias.
       dtype: dtype of the computation and of the cache; None means the common dtype of input and parameters.
       param_dtype: dtype of the parameters.
@@ -75,7 +79,6 @@ class SelfAttention(nn.Module):
         self,
         x: Array,
         *,
-        seq_lengths: Array | None = None,
         segment_ids: Array | None = None,
         deterministic: bool | None = None,
         dropout_rng: Array | None = None,
@@ -83,17 +86,17 @@ class SelfAttention(nn.Module):
         """Applies the layer.
 
         Args:
-          x: `[..., T, F]`.
-          seq_lengths: int32 `[...]`, the valid tokens of each sequence; those after them are neither seen nor seeing.
-          segment_ids: int32 `[..., T]`; tokens see only tokens of their own segment (packed sequences).
+          x: ``[..., T, F]``.
+          segment_ids: int32 ``[..., T]``; a token sees only tokens of the same id: packed sequences, or padding (an id
+            of its own).
           deterministic: True switches dropout off; give it here or as an attribute, not both.
           dropout_rng: JAX key for dropout; None takes one from the collection "dropout".
 
         Returns:
-          `[..., T, F]`.
+          ``[..., T, F]``.
 
         Raises:
-          ValueError: if heads and features do not divide, or `decode` lacks what it needs.
+          ValueError: if heads and features do not divide, or ``decode`` lacks what it needs.
         """
         features = x.shape[-1]
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -138,12 +141,12 @@ class SelfAttention(nn.Module):
                 raise ValueError(
                     "SelfAttention: decode=True expects is_causal=True, received False: later tokens are unknown."
                 )
-            if seq_lengths is not None or segment_ids is not None:
+            if segment_ids is not None:
                 raise ValueError(
-                    "SelfAttention: decode=True expects seq_lengths=None and segment_ids=None: all sequences of a cache "
-                    "have the same length. Decode texts of different lengths in different caches."
+                    "SelfAttention: decode=True expects segment_ids=None, received an array: the cache keeps no "
+                    "segments. Decode one text per batch entry."
                 )
-            # Outside `init`, a missing cache must not be made up on the spot: it would be as short as this very input.
+            # Outside ``init``, a missing cache must not be made up here: it would be as short as this very input.
             if not self.is_initializing() and not self.has_variable("cache", "cached_key"):
                 raise ValueError(
                     'SelfAttention: decode=True expects a "cache" collection among the variables, and there is none. '
@@ -152,7 +155,7 @@ class SelfAttention(nn.Module):
             cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
             cached_value = self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
             cache_index = self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32)
-            if not self.is_initializing():  # `init` leaves the cache empty.
+            if not self.is_initializing():  # ``init`` leaves the cache empty.
                 out, cached_key.value, cached_value.value, cache_index.value = cached_attention(
                     query, key, value, cached_key.value, cached_value.value, cache_index.value, **options
                 )
@@ -163,8 +166,6 @@ class SelfAttention(nn.Module):
             key,
             value,
             is_causal=self.is_causal,
-            query_seq_lengths=seq_lengths,
-            key_value_seq_lengths=seq_lengths,
             query_segment_ids=segment_ids,
             key_value_segment_ids=segment_ids,
             **options,

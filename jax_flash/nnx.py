@@ -1,25 +1,28 @@
-"""FlashAttention for Flax NNX: an `attention_fn` for Flax's own layer, and a `SelfAttention` layer.
+"""FlashAttention for Flax NNX: an ``attention_fn`` for Flax's own layer, and a ``SelfAttention`` layer.
 
-Nothing in `jax_flash` imports this module, so Flax stays an optional dependency. `attention_fn` and `cached_attention`
-are functions of arrays alone; `jax_flash.linen` uses the same two.
+Nothing in ``jax_flash`` imports this module, so Flax stays an optional dependency. ``attention_fn`` and
+``cached_attention`` are functions of arrays alone; ``jax_flash.linen`` uses the same two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, lax
+from jax.core import Tracer
 
-from jax_flash import flash_attention
+import jax_flash
 
 __all__ = ["SelfAttention", "attention_fn", "cached_attention"]
+
+# Nothing here asks for the log-sum-exp, so what comes back is one array.
+flash_attention = cast(Callable[..., Array], jax_flash.flash_attention)
 
 
 def attention_fn(
@@ -43,40 +46,40 @@ def attention_fn(
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
 ) -> Array:
-    """FlashAttention with the signature of Flax's `dot_product_attention`, of NNX and of Linen.
+    """FlashAttention with the signature of Flax's ``dot_product_attention``, of NNX and of Linen.
 
-    Pass it as `attention_fn=` to `flax.nnx.MultiHeadAttention` or `flax.linen.MultiHeadDotProductAttention`. Every
-    keyword that either of them passes is named here, because Linen silently drops those that a signature lacks. What
-    cannot be honoured raises. Three things differ from Flax's own function: a query that may see no key gives 0 (Flax:
-    the mean of all values), the dropout bits are those of jax_flash, and the softmax is in float32 always.
+    Pass it as ``attention_fn=`` to ``flax.nnx.MultiHeadAttention`` or ``flax.linen.MultiHeadDotProductAttention``.
+    Every keyword that either of them passes is named here, because Linen silently drops those that a signature lacks.
+    What cannot be honoured raises. Three things differ from Flax's own function: a query that may see no key gives 0
+    (Flax: the mean of all values), the dropout bits are those of jax_flash, and the softmax is in float32 always.
 
     Args:
-      query: `[..., T, N, H]`.
-      key: `[..., S, K, H]` with `N % K == 0`.
-      value: `[..., S, K, D]`.
-      bias: broadcasts to `[..., N, T, S]`; added to the scaled scores.
-      mask: broadcasts to `[..., N, T, S]`; nonzero = attend, whatever its dtype.
-      broadcast_dropout: share one `[T, S]` dropout mask among all batch entries and heads, as Flax does.
-      dropout_rng: JAX key, typed or raw; needed when `dropout_rate > 0` and not `deterministic`.
+      query: ``[..., T, N, H]``.
+      key: ``[..., S, K, H]`` with ``N % K == 0``.
+      value: ``[..., S, K, D]``.
+      bias: broadcasts to ``[..., N, T, S]``; added to the scaled scores.
+      mask: broadcasts to ``[..., N, T, S]``; nonzero = attend, whatever its dtype.
+      broadcast_dropout: share one ``[T, S]`` dropout mask among all batch entries and heads, as Flax does.
+      dropout_rng: JAX key, typed or raw; needed when ``dropout_rate > 0`` and not ``deterministic``.
       dropout_rate: probability, in [0, 1), that an attention weight is dropped.
       deterministic: True switches dropout off. (This is Flax's word; it is not about bitwise reproducibility.)
-      dtype: cast `query`, `key` and `value` to this first; None means their common dtype.
-      precision: None or a `jax.lax.Precision`. All of them hold: float32 inputs are computed in float32, and 16-bit
+      dtype: cast ``query``, ``key`` and ``value`` to this first; None means their common dtype.
+      precision: None or a ``jax.lax.Precision``. All of them hold: float32 inputs are computed in float32, and 16-bit
         inputs are multiplied exactly and accumulated in float32. Dot algorithms are refused.
       module: must be None; Flax passes a module when asked to sow the attention weights.
-      is_causal: query `i` sees key `j` only where `j <= i` (top-left, as in `jax.nn.dot_product_attention`).
+      is_causal: query ``i`` sees key ``j`` only where ``j <= i`` (top-left, as in ``jax.nn.dot_product_attention``).
       force_fp32_for_softmax: accepted; the softmax is in float32 in any case.
       einsum_dot_general: must be None; no einsum takes place.
       qk_attn_weights_einsum: must be None; no einsum takes place.
       attn_weights_value_einsum: must be None; no einsum takes place.
-      promote_dtype: called as `promote_dtype((query, key, value), dtype=dtype)`, which is the convention of NNX.
+      promote_dtype: called as ``promote_dtype((query, key, value), dtype=dtype)``, which is the convention of NNX.
 
     Returns:
-      `[..., T, N, D]` in the dtype that `promote_dtype` arrives at.
+      ``[..., T, N, D]`` in the dtype that ``promote_dtype`` arrives at.
 
     Raises:
-      NotImplementedError: for a `module`, an einsum override or a dot algorithm.
-      ValueError: if dropout has no key, or if the shapes do not fit (see `jax_flash.flash_attention`).
+      NotImplementedError: for a ``module``, an einsum override or a dot algorithm.
+      ValueError: if dropout has no key, or if the shapes do not fit (see ``jax_flash.flash_attention``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,7 +93,7 @@ def attention_fn(
     if module is not None:
         raise NotImplementedError(
             f"attention_fn: expected module=None, received {type(module).__name__}: the attention weights are never "
-            "formed, so they cannot be sown. Drop sow_weights=True, or use Flax's own dot_product_attention to see them."
+            "formed. Drop sow_weights=True, or look at them with Flax's own dot_product_attention."
         )
     overrides = {
         "einsum_dot_general": einsum_dot_general,
@@ -101,7 +104,7 @@ def attention_fn(
         if override is not None:
             raise NotImplementedError(
                 f"attention_fn: expected {name}=None, received {override!r}: attention is one fused kernel, without an "
-                "einsum to override. Use Flax's own dot_product_attention for a custom (such as a quantized) einsum."
+                "einsum to override. Use Flax's own dot_product_attention for a custom einsum."
             )
     if not _is_plain_precision(precision):
         raise NotImplementedError(
@@ -148,21 +151,21 @@ def cached_attention(
     It changes nothing in place: the cache after the call is returned, and XLA updates the buffers in place where the
     caller donates them.
 
-    A call that does not fit raises where that can be known: always for `T > max_length`, and for a full cache whenever
-    `cache_index` is a concrete array. Under `jit` only the device knows the index; the output is then all NaN and the
-    cache comes back unchanged, so that an overrun is seen and no token is overwritten.
+    A call that does not fit raises where that can be known: always for ``T > max_length``, and for a full cache
+    whenever ``cache_index`` is a concrete array. Under ``jit`` only the device knows the index; the output is then all
+    NaN and the cache comes back unchanged, so that an overrun is seen and no token is overwritten.
 
     Args:
-      query: `[..., T, N, H]`, of the T >= 1 new tokens.
-      key: `[..., T, K, H]`, of the same tokens.
-      value: `[..., T, K, D]`, of the same tokens.
-      cached_key: `[..., max_length, K, H]`; may be of another dtype than `key`, which is cast to it.
-      cached_value: `[..., max_length, K, D]`.
+      query: ``[..., T, N, H]``, of the T >= 1 new tokens.
+      key: ``[..., T, K, H]``, of the same tokens.
+      value: ``[..., T, K, D]``, of the same tokens.
+      cached_key: ``[..., max_length, K, H]``; may be of another dtype than ``key``, which is cast to it.
+      cached_value: ``[..., max_length, K, D]``.
       cache_index: int32 scalar, the number of tokens that are in the cache.
-      **options: further keywords of `jax_flash.flash_attention`, such as `local_window_size`.
+      **options: further keywords of ``jax_flash.flash_attention``, such as ``local_window_size``.
 
     Returns:
-      `(out, cached_key, cached_value, cache_index)` with `out` `[..., T, N, D]` in the dtype of `query`.
+      ``(out, cached_key, cached_value, cache_index)`` with ``out`` ``[..., T, N, D]`` in the dtype of ``query``.
 
     Raises:
       ValueError: if the shapes do not fit or the cache is too short.
@@ -171,13 +174,10 @@ def cached_attention(
     max_length = cached_key.shape[-3]
     if cached_key.shape != (*batch, max_length, num_heads_kv, head_dim):
         raise ValueError(
-            f"decode: a cache of shape [..., max_length, K, H] = {cached_key.shape} expects new keys of the same batch, "
-            f"K and H, received {key.shape}. Initialize the cache for this batch size."
+            f"decode: a cache of shape [..., max_length, K, H] = {cached_key.shape} expects new keys [..., T, K, H] of "
+            f"the same batch and heads, received {key.shape}. Initialize the cache for this batch size."
         )
-    if isinstance(cache_index, jax.core.Tracer):
-        used = 0  # Known on the device only: see `fits` below.
-    else:
-        used = int(cache_index)
+    used = 0 if isinstance(cache_index, Tracer) else int(cache_index)  # A tracer's value is left to ``fits`` below.
     if used + num_tokens > max_length:
         raise ValueError(
             f"decode: expected at most max_length - used = {max_length} - {used} = {max_length - used} new tokens, "
@@ -210,11 +210,11 @@ def cached_attention(
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with causal mask, sliding window, grouped-query heads and a decode cache.
 
-    Its parameters have the names and shapes of those of `flax.nnx.MultiHeadAttention`, so checkpoints can be exchanged.
+    Its parameters have the names and shapes of those of ``flax.nnx.MultiHeadAttention``: checkpoints can be exchanged.
 
-    To generate text, call `init_cache` and then `layer(x, decode=True)` with T >= 1 new tokens at a time: first a whole
-    prompt, then single tokens. The outputs equal those of one causal call on the whole text. What happens at the end of
-    the cache is told in `cached_attention`.
+    To generate text, call ``init_cache`` and then ``layer(x, decode=True)`` with T >= 1 new tokens at a time: first a
+    whole prompt, then single tokens. The outputs equal those of one causal call on the whole text. What happens at the
+    end of the cache is told in ``cached_attention``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -246,23 +246,23 @@ class SelfAttention(nnx.Module):
         kernel_init: Initializer = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        """Creates the parameters; the cache comes into being with `init_cache`.
+        """Creates the parameters; the cache comes into being with ``init_cache``.
 
         Args:
           num_heads: query heads, N.
           in_features: features of the input and of the output, F.
-          num_kv_heads: key and value heads, K, with `N % K == 0`; None means N.
+          num_kv_heads: key and value heads, K, with ``N % K == 0``; None means N.
           head_dim: features of a head, H; None means F / N.
           is_causal: a token sees itself and earlier tokens only. Decoding needs it.
-          local_window_size: `w` or `(left, right)`, as in `jax_flash.flash_attention`.
-          logits_soft_cap: as in `jax_flash.flash_attention`.
+          local_window_size: ``w`` or ``(left, right)``, as in ``jax_flash.flash_attention``.
+          logits_soft_cap: as in ``jax_flash.flash_attention``.
           dropout_rate: dropout on the attention weights, in [0, 1).
-          deterministic: True switches dropout off; `Module.eval()` and `Module.train()` set it.
+          deterministic: True switches dropout off; ``Module.eval()`` and ``Module.train()`` set it.
           use_bias: whether the four projections have a bias.
           dtype: dtype of the computation; None means the common dtype of input and parameters.
           param_dtype: dtype of the parameters.
           kernel_init: initializer of the projections' kernels.
-          rngs: streams for the parameters and, with `dropout_rate > 0`, for "dropout".
+          rngs: streams for the parameters and, with ``dropout_rate > 0``, for "dropout".
 
         Raises:
           ValueError: if the numbers of heads and features do not divide.
@@ -275,8 +275,8 @@ class SelfAttention(nnx.Module):
             )
         if head_dim is None and in_features % num_heads:
             raise ValueError(
-                f"SelfAttention: expected in_features to be a multiple of num_heads, received in_features={in_features}, "
-                f"num_heads={num_heads}. Give head_dim to choose the size of a head yourself."
+                "SelfAttention: expected in_features to be a multiple of num_heads, received "
+                f"in_features={in_features}, num_heads={num_heads}. Give head_dim to choose a head's size yourself."
             )
         head_dim = in_features // num_heads if head_dim is None else head_dim
 
@@ -304,7 +304,7 @@ class SelfAttention(nnx.Module):
         self.dropout_rate = dropout_rate
         self.deterministic = deterministic
         self.cache_dtype = param_dtype if dtype is None else dtype
-        self.rngs = rngs.dropout.fork() if dropout_rate > 0.0 else nnx.data(None)
+        self.rngs: nnx.RngStream | None = rngs.dropout.fork() if dropout_rate > 0.0 else nnx.data(None)
         self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
         self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
         self.cache_index: nnx.Cache[Array] | None = nnx.data(None)
@@ -315,7 +315,7 @@ class SelfAttention(nnx.Module):
         Args:
           batch_size: the leading axes of the inputs to come.
           max_length: the most tokens that the cache can hold.
-          dtype: dtype of the cached keys and values; None means `dtype` of the layer, or else its `param_dtype`.
+          dtype: dtype of the cached keys and values; None means ``dtype`` of the layer, or else its ``param_dtype``.
         """
         batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
         shape = (*batch, max_length, self.num_kv_heads, self.head_dim)
@@ -327,27 +327,24 @@ class SelfAttention(nnx.Module):
         self,
         x: Array,
         *,
-        seq_lengths: Array | None = None,
         segment_ids: Array | None = None,
         deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
         decode: bool = False,
     ) -> Array:
         """Applies the layer.
 
         Args:
-          x: `[..., T, F]`.
-          seq_lengths: int32 `[...]`, the valid tokens of each sequence; those after them are neither seen nor seeing.
-          segment_ids: int32 `[..., T]`; tokens see only tokens of their own segment (packed sequences).
+          x: ``[..., T, F]``.
+          segment_ids: int32 ``[..., T]``; a token sees only tokens of the same id: packed sequences, or padding (an id
+            of its own).
           deterministic: overrides the layer's own; True switches dropout off.
-          rngs: overrides the layer's own source of dropout keys.
           decode: append the T tokens to the cache and attend to all of it.
 
         Returns:
-          `[..., T, F]`.
+          ``[..., T, F]``.
 
         Raises:
-          ValueError: if `x` does not have F features, dropout has no key, or `decode` lacks what it needs.
+          ValueError: if ``x`` does not have F features, or ``decode`` lacks what it needs.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(
@@ -358,18 +355,14 @@ class SelfAttention(nnx.Module):
             "local_window_size": self.local_window_size,
             "logits_soft_cap": self.logits_soft_cap,
         }
-        if self.dropout_rate > 0.0 and not (self.deterministic if deterministic is None else deterministic):
-            rngs = self.rngs if rngs is None else rngs
-            stream = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
-            options.update(dropout_rate=self.dropout_rate, dropout_key=stream())
+        if self.rngs is not None and not (self.deterministic if deterministic is None else deterministic):
+            options.update(dropout_rate=self.dropout_rate, dropout_key=self.rngs())
         if not decode:
             out = flash_attention(
                 query,
                 key,
                 value,
                 is_causal=self.is_causal,
-                query_seq_lengths=seq_lengths,
-                key_value_seq_lengths=seq_lengths,
                 query_segment_ids=segment_ids,
                 key_value_segment_ids=segment_ids,
                 **options,
@@ -380,10 +373,10 @@ class SelfAttention(nnx.Module):
             raise ValueError(
                 "SelfAttention: decode=True expects is_causal=True, received False: later tokens are unknown."
             )
-        if seq_lengths is not None or segment_ids is not None:
+        if segment_ids is not None:
             raise ValueError(
-                "SelfAttention: decode=True expects seq_lengths=None and segment_ids=None: all sequences of a cache have "
-                "the same length. Decode texts of different lengths in different caches."
+                "SelfAttention: decode=True expects segment_ids=None, received an array: the cache keeps no segments. "
+                "Decode one text per batch entry."
             )
         if self.cached_key is None or self.cached_value is None or self.cache_index is None:
             raise ValueError("SelfAttention: decode=True expects a cache, and there is none. Call init_cache first.")
@@ -394,7 +387,7 @@ class SelfAttention(nnx.Module):
 
 
 def _is_plain_precision(precision: Any) -> bool:
-    """Whether `precision` is None or names a `jax.lax.Precision`, alone or as a pair, and not a dot algorithm."""
+    """Whether ``precision`` is None or names a ``jax.lax.Precision``, alone or as a pair, and not a dot algorithm."""
     for one in precision if isinstance(precision, tuple) else (precision,):
         try:
             lax.Precision(one)
@@ -404,5 +397,5 @@ def _is_plain_precision(precision: Any) -> bool:
 
 
 def _pad_rank(x: Array, rank: int) -> Array:
-    """Puts axes of size 1 before `x`: Flax's masks and biases broadcast, `flash_attention` wants every axis named."""
+    """Puts axes of size 1 before ``x``: Flax's masks may lack axes, those of ``flash_attention`` may not."""
     return x.reshape((1,) * (rank - x.ndim) + x.shape)

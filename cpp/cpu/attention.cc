@@ -4,6 +4,8 @@
 #include <memory>
 #include <new>
 #include <set>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -18,18 +20,28 @@ struct Build {
   const BwdKernel* bwd;
 };
 
-const Build& best_build() {
-  static const Build build = [] {
+// Builds that this processor runs, the fastest first.
+const std::vector<Build>& builds() {
+  static const std::vector<Build> all = [] {
+    std::vector<Build> found;
 #ifdef FLASH_X86_BUILDS
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return Build{"avx512", &avx512::fwd_kernel, &avx512::bwd_kernel};
+      found.push_back({"avx512", &avx512::fwd_kernel, &avx512::bwd_kernel});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return Build{"avx2", &avx2::fwd_kernel, &avx2::bwd_kernel};
+      found.push_back({"avx2", &avx2::fwd_kernel, &avx2::bwd_kernel});
 #endif
-    return Build{"baseline", &baseline::fwd_kernel, &baseline::bwd_kernel};
+    found.push_back({"baseline", &baseline::fwd_kernel, &baseline::bwd_kernel});
+    return found;
   }();
-  return build;
+  return all;
+}
+
+std::atomic<const Build*> chosen_build{nullptr};
+
+const Build& build() {
+  const Build* chosen = chosen_build;
+  return chosen ? *chosen : builds().front();
 }
 
 // Multiply-adds below which one thread is faster than waking others (about 20 us of work).
@@ -134,7 +146,20 @@ void make_units(const Plan& plan, int64 num_threads, BwdJob& job) {
 
 }  // namespace
 
-const char* instruction_set() { return best_build().name; }
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Build& b : builds()) names.push_back(b.name);
+  return names;
+}
+
+void use_instruction_set(const std::string& name) {
+  for (const Build& b : builds())
+    if (b.name == name) {
+      chosen_build = &b;
+      return;
+    }
+  throw std::invalid_argument("this processor or build has no instruction set \"" + name + "\"");
+}
 
 void forward(const FwdProblem& problem, const Executor& executor) {
   struct Job {
@@ -154,7 +179,7 @@ void forward(const FwdProblem& problem, const Executor& executor) {
       for (int64 q_begin = 0; q_begin < s.q_len; q_begin += kBlockQ) job->units.push_back({s, head, q_begin});
 
   parallel_for(executor, int64(job->units.size()), is_small(p), [job] {
-    const FwdKernel& kernel = *best_build().fwd;
+    const FwdKernel& kernel = *build().fwd;
     std::shared_ptr<float[]> scratch = allocate(kernel.scratch_floats(job->problem));
     return [job, &kernel, scratch](int64 i) { kernel.run(job->problem, job->units[i], scratch.get()); };
   });
@@ -173,7 +198,7 @@ void backward(const BwdProblem& problem, const Executor& executor) {
   make_units(plan, executor.num_threads, *job);
 
   parallel_for(executor, int64(job->units.size()), is_small(p), [job] {
-    const BwdKernel& kernel = *best_build().bwd;
+    const BwdKernel& kernel = *build().bwd;
     std::shared_ptr<float[]> scratch = allocate(kernel.scratch_floats(job->problem, job->max_unit_keys));
     return [job, &kernel, scratch](int64 i) {
       for (const BwdUnit& unit : job->units[i]) {

@@ -1,6 +1,9 @@
 // Attention on the CPU: any FwdProblem or BwdProblem, on the threads of an Executor.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "cpu/parallel.h"
 #include "problem.h"
 
@@ -10,7 +13,11 @@ namespace flash::cpu {
 void forward(const FwdProblem& problem, const Executor& executor);
 void backward(const BwdProblem& problem, const Executor& executor);
 
-// The instruction set in use: "avx512", "avx2" or "baseline" (SSE2 on x86-64, NEON on arm64).
-const char* instruction_set();
+// Instruction sets that this processor runs, the fastest first, which is the one in use: "avx512", "avx2", "baseline"
+// (SSE2 on x86-64, NEON on arm64).
+std::vector<std::string> instruction_sets();
+
+// Switches to another of them, for tests. Throws std::invalid_argument.
+void use_instruction_set(const std::string& name);
 
 }  // namespace flash::cpu

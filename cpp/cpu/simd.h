@@ -38,8 +38,8 @@ inline VecI load(const int32* p) {
   return x;
 }
 inline void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
-inline VecF splat(float x) { return VecF{} + x; }
-inline VecI splat(int32 x) { return VecI{} + x; }
+inline VecF splat(float x) { return x - VecF{}; }  // not +: -0 + 0 is 0, so that would cost an addition
+inline VecI splat(int32 x) { return x - VecI{}; }
 
 // `mask` lanes are 0 or -1, as comparisons give them.
 inline VecF select(VecI mask, VecF a, VecF b) { return mask ? a : b; }
