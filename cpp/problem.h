@@ -50,10 +50,10 @@ struct Problem {
 
   // Operands, by the field's names. Rows are queries or keys; `col` is the head dim, or the key for bias and mask.
   View q, k, v;
-  View bias, mask;        // broadcast over any axis
-  View alibi_slopes;      // [batch, sequence, head] float32, sequence on `row`
-  View sinks;             // [batch, head] float32
-  View q_lens, kv_lens;   // [batch, sequence] int32, sequence on `row`
+  View bias, mask;                     // broadcast over any axis
+  View alibi_slopes;                   // [batch, sequence, head] float32, sequence on `row`
+  View sinks;                          // [batch, head] float32
+  View q_lens, kv_lens;                // [batch, sequence] int32, sequence on `row`
   View q_segment_ids, kv_segment_ids;  // [batch, row] int32
   View cu_seqlens_q, cu_seqlens_kv;    // [batch, sequence + 1] int32, on `row`
   View page_table;                     // [batch, sequence, page] int32, sequence on `row`, page on `col`

@@ -17,8 +17,8 @@ MAX_BATCH_AXES = 8
 # Axes of each operand behind its batch axes, which the query has in front of [T, N, H]:
 #   T, S query and key rows; N, K query and key heads; H, D head dims of key and value;
 #   B sequences of a packed batch, C = B + 1; M pages of a table row; P pages, R rows of a page; W four words.
-# Axes in lower case may have size 1 and are then broadcast, as may all batch axes but the query's. Where packed and paged
-# calls differ is in `operand_axes`.
+# Axes in lower case may have size 1 and are then broadcast, as may all batch axes but the query's. Where packed and
+# paged calls differ is in `operand_axes`.
 OPERANDS = {
     "query": "TNH",
     "key": "SKH",

@@ -82,10 +82,12 @@ _backward_once = _without_derivative(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
+def _attend_primal(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
     results = _ffi.forward(attrs, operands)
     return results["out"], results["lse"]
+
+
+_attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
 
 
 def _attend_fwd(attrs: Attrs, operands: Arrays):
@@ -125,8 +127,8 @@ def _sinks_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.A
 # Forward-mode differentiation of a custom_vjp fails with a sentence about custom_vjp. This identity makes the sentence
 # ours: its tangent map is a linear primitive that knows only its transpose, and it refuses to be run forwards.
 _FORWARD_MODE = (
-    "jax_flash: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not implemented for attention; use "
-    "reverse mode (jax.grad, jax.vjp, jax.jacrev)."
+    "jax_flash: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not implemented for attention; "
+    "use reverse mode (jax.grad, jax.vjp, jax.jacrev)."
 )
 
 
@@ -157,8 +159,8 @@ def dropout_stream(
 ) -> jax.Array:
     """The operand that names each (batch, head)'s random bits: uint32 ``[*batch, N, 4]`` = key, batch and head index.
 
-    The indices are data, sharded and mapped like any operand, so the bits of a (batch, head) are the same wherever it is
-    computed. ``offset`` shifts the batch index. With ``broadcast`` all indices are 0: one mask for all.
+    The indices are data, sharded and mapped like any operand, so the bits of a (batch, head) are the same wherever it
+    is computed. ``offset`` shifts the batch index. With ``broadcast`` all indices are 0: one mask for all.
     """
     batch_index = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape((*batch, 1))
     head_index = jnp.arange(num_heads, dtype=jnp.uint32)

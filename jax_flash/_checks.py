@@ -56,9 +56,8 @@ def qkv(
                 f"`{name}` has dtype {x.dtype.name}; supported are float32, bfloat16 and float16. Cast it first."
             )
         if x.dtype != q.dtype:
-            raise ValueError(
-                f"{names[0]}, {names[1]} and {names[2]} must have one dtype, got {', '.join(y.dtype.name for y in (q, k, v))}."
-            )
+            dtypes = ", ".join(y.dtype.name for y in (q, k, v))
+            raise ValueError(f"{names[0]}, {names[1]} and {names[2]} must have one dtype, got {dtypes}.")
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
             raise NotImplementedError(
                 f"`{name}` has head dim {x.shape[-1]}; supported are 1 to {MAX_HEAD_DIM} (shape {list(x.shape)})."
@@ -75,7 +74,8 @@ def qkv(
     heads, heads_kv = q.shape[-2], k.shape[-2]
     if heads == 0 or heads_kv == 0 or heads % heads_kv:
         raise ValueError(
-            f"the number of query heads must be a multiple of the number of key/value heads, got {heads} and {heads_kv}."
+            "the number of query heads must be a multiple of the number of key/value heads, got "
+            f"{heads} and {heads_kv}."
         )
     return q, k, v
 
@@ -96,7 +96,7 @@ def batch_axes(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
 
 def number(name: str, x: Any) -> float:
     """A static Python number: it is compiled into the call."""
-    if isinstance(x, bool) or not isinstance(x, (numbers.Real, np.generic)) or not np.isrealobj(x):
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
         raise ValueError(f"`{name}` must be a Python number known when tracing, got {type(x).__name__}.")
     return float(x)
 
@@ -181,7 +181,8 @@ def scores_like(name: str, x: Any, expected: tuple[int, ...]) -> jax.Array:
     x = array(name, x)
     if x.ndim != len(expected) or any(s not in (1, e) for s, e in zip(x.shape, expected, strict=True)):
         raise ValueError(
-            f"`{name}` must have shape [..., N, T, S] = {list(expected)}, any axis of which may be 1, got {list(x.shape)}."
+            f"`{name}` must have shape [..., N, T, S] = {list(expected)}, any axis of which may be 1, "
+            f"got {list(x.shape)}."
         )
     return x
 

@@ -57,10 +57,9 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
     for name, x in operands.items():
         axes = operand_axes(name, names)
         sizes.update(zip(axes, x.shape[x.ndim - len(axes) :], strict=True))
-    if target == FORWARD_TARGET:
-        results = forward_axes(attrs, names)
-    else:
-        results = backward_axes(names)
+    if "C" in sizes:
+        sizes["B"] = sizes["C"] - 1
+    results = forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
 
     def result_type(name: str, axes: str) -> jax.ShapeDtypeStruct:
         if name == "bias":

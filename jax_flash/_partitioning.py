@@ -22,8 +22,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_flash._attrs import Attrs, backward_axes, forward_axes, operand_axes
 
 Arrays = dict[str, jax.Array]
-# A label names one axis of one array: "b0", "b1", ... for batch, the letters of _attrs for the rest, None for an axis of
-# size 1 that is broadcast and thus never divided.
+# A label names one axis of one array: "b0", "b1", ... for batch, the letters of _attrs for the rest, None for an axis
+# of size 1 that is broadcast and thus never divided.
 Labels = tuple[str | None, ...]
 
 
@@ -48,7 +48,9 @@ class _Division:
     takes the one key head that its query heads share (``slices_kv``).
     """
 
-    def __init__(self, sizes: dict[str, int], shapes: dict[str, tuple], specs: dict[str, tuple], names: tuple[str, ...]):
+    def __init__(
+        self, sizes: dict[str, int], shapes: dict[str, tuple], specs: dict[str, tuple], names: tuple[str, ...]
+    ):
         self.names = names
         self.labels = {name: _labels(operand_axes(name, names), shapes[name]) for name in names}
         divided: dict[str | None, Any] = {}
@@ -137,7 +139,9 @@ def partitioned(call: Callable, attrs: Attrs, names: tuple[str, ...], is_forward
         del mesh
         shapes = [tuple(t.shape) for t in operand_types]
         labels = [_labels(operand_axes(n, names), s) for n, s in zip(names, shapes, strict=True)]
-        same_heads = dict(zip(labels[0], shapes[0], strict=True))["N"] == dict(zip(labels[1], shapes[1], strict=True))["K"]
+        same_heads = (
+            dict(zip(labels[0], shapes[0], strict=True))["N"] == dict(zip(labels[1], shapes[1], strict=True))["K"]
+        )
         factors: list[str] = []
         whole: list[str] = []
 

@@ -84,8 +84,8 @@ def attention(
     seen = jnp.broadcast_to(seen[:, None], scores.shape)
     if mask is not None:
         seen &= mask
-    if query_segment_ids is not None:
-        seen &= (query_segment_ids[:, None, :, None] == key_value_segment_ids[:, None, None, :])
+    if query_segment_ids is not None and key_value_segment_ids is not None:
+        seen &= query_segment_ids[:, None, :, None] == key_value_segment_ids[:, None, None, :]
 
     scores = jnp.where(seen, scores, -jnp.inf)
     maximum = jnp.max(scores, axis=-1, initial=-jnp.inf)

@@ -186,8 +186,8 @@ def dot_product_attention(
     """
     if implementation is not None:
         raise ValueError(
-            f"`implementation` must be None, got {implementation!r}: jax_flash has one implementation per platform. For "
-            "others call jax.nn.dot_product_attention."
+            f"`implementation` must be None, got {implementation!r}: jax_flash has one implementation per platform. "
+            "For others call jax.nn.dot_product_attention."
         )
     ndim = jnp.ndim(query)
 

@@ -27,11 +27,9 @@ def result_type(shape: tuple[int, ...], dtype: Any, operands: dict[str, jax.Arra
     if not varying:
         return jax.ShapeDtypeStruct(shape, dtype)
     if _ManualAxisType is None:
-        return jax.ShapeDtypeStruct(shape, dtype, vma=varying)
+        return jax.ShapeDtypeStruct(shape, dtype, vma=varying)  # pyright: ignore[reportCallIssue]
     replicated = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*(None,) * len(shape)))
-    return jax.ShapeDtypeStruct(
-        shape, dtype, sharding=replicated, manual_axis_type=_ManualAxisType(varying=varying)
-    )
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated, manual_axis_type=_ManualAxisType(varying=varying))
 
 
 def unify_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:

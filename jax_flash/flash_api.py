@@ -28,8 +28,8 @@ class Forward(NamedTuple):
       softmax_lse: float32 ``[B, N, T]``, or ``[N, total_q]`` if packed.
       philox_seed: uint32 ``[2]``, zeros without dropout.
       philox_offset: uint32 ``[]``.
-      S_dmask: float32 ``[B, N, T, S]``, or ``[B, N, max_seqlen_q, max_seqlen_k]`` if packed: the probabilities, negative
-        where dropped and not rescaled. Empty ``[0]`` unless ``return_softmax``.
+      S_dmask: float32 ``[B, N, T, S]``, or ``[B, N, max_seqlen_q, max_seqlen_k]`` if packed: the probabilities,
+        negative where dropped and not rescaled. Empty ``[0]`` unless ``return_softmax``.
     """
 
     out: jax.Array

@@ -30,8 +30,8 @@ def paged_attention(
     """Attention to keys and values that lie in pages (Kwon et al., "PagedAttention", 2023).
 
     Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``. The T queries of a sequence
-    are its newest tokens: with causality, bottom-right, query i sees key j iff j <= i + length - T. The new tokens' keys
-    must be in the pages already. Forward only.
+    are its newest tokens: with causality, bottom-right, query i sees key j iff j <= i + length - T. The new tokens'
+    keys must be in the pages already. Forward only.
 
     Entries of the table past a sequence's length are not read, nor is what their pages hold. An index out of range
     within the length is clamped to 0..num_pages - 1: a wrong result, but no access outside of the pages.

@@ -59,7 +59,9 @@ def assert_accurate(actual, reference, low, factor: float = 2.0) -> None:
     np.testing.assert_array_equal(actual[~finite], reference[~finite])
     if not finite.any():
         return
-    rounded = np.asarray(jnp.asarray(reference[finite], dtype) + jnp.asarray(0.3, dtype) - jnp.asarray(0.3, dtype), np.float64)
+    rounded = np.asarray(
+        jnp.asarray(reference[finite], dtype) + jnp.asarray(0.3, dtype) - jnp.asarray(0.3, dtype), np.float64
+    )
     atol = 2 * np.abs(rounded - reference[finite]).max()
     bound = factor * np.abs(low[finite] - reference[finite]).max() + atol
     error = np.abs(actual[finite] - reference[finite]).max()

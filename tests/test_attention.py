@@ -100,7 +100,10 @@ def check_against_reference(rng, shape, option, dtype):
     ours, reference = OPTIONS[option](rng, shape)
     q, k, v = shape.qkv(rng, dtype)
     arrays = {"query": q, "key": k, "value": v} | {n: ours[n] for n in ("bias", "sinks") if n in ours}
-    cotangents = rng.normal(*q.shape[:-1], v.shape[-1], dtype=dtype), rng.normal(shape.batch, shape.heads, shape.seqlen_q)
+    cotangents = (
+        rng.normal(*q.shape[:-1], v.shape[-1], dtype=dtype),
+        rng.normal(shape.batch, shape.heads, shape.seqlen_q),
+    )
 
     def flash(arrays):
         return flash_attention(**ours | arrays, return_lse=True)
@@ -171,7 +174,9 @@ def test_leading_axes(rng, batch):
     lengths = rng.integers(1, 30, *batch)
     out, lse = flash_attention(q, k, v, bias=bias, key_value_seq_lengths=lengths, return_lse=True)
     flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
-    expected = flash_attention(*flat, bias=bias.reshape(1, 4, 20, 30), key_value_seq_lengths=lengths.reshape(-1), return_lse=True)
+    expected = flash_attention(
+        *flat, bias=bias.reshape(1, 4, 20, 30), key_value_seq_lengths=lengths.reshape(-1), return_lse=True
+    )
     assert out.shape == (*batch, 20, 4, 16) and lse.shape == (*batch, 4, 20)
     assert_equal((out.reshape(-1, 20, 4, 16), lse.reshape(-1, 4, 20)), expected)
 

@@ -18,8 +18,7 @@ struct MaskRule {
 
 static constexpr MaskRule make_mask_rule(int64 seqlen_q, int64 seqlen_kv, int32 window_left, int32 window_right,
                                          bool bottom_right) {
-  return {int32(seqlen_q), int32(seqlen_kv), window_left, window_right,
-          bottom_right ? int32(seqlen_kv - seqlen_q) : 0};
+  return {int32(seqlen_q), int32(seqlen_kv), window_left, window_right, bottom_right ? int32(seqlen_kv - seqlen_q) : 0};
 }
 
 // Half-open range of keys.

@@ -2,9 +2,9 @@
 // key position), so the mask does not depend on tile sizes, devices or sharding. Philox-4x32 with 7 rounds: Salmon et
 // al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 //
-// One Philox call yields 16 random bytes for the 4 x 4 elements (i, j) of a 32 x 32 tile that share i mod 8 and j mod 8.
-// The rule is the same in i and j, and these strides of 8 are those of tensor-core fragments: a thread owns what one
-// call yields whether its tile holds S or S transposed.
+// One Philox call yields 16 random bytes for the 4 x 4 elements (i, j) of a 32 x 32 tile that share i mod 8 and j
+// mod 8. The rule is the same in i and j, and these strides of 8 are those of tensor-core fragments: a thread owns what
+// one call yields whether its tile holds S or S transposed.
 #pragma once
 
 #include "common/types.h"

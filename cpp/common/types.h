@@ -31,7 +31,11 @@ template <class T>
 static constexpr T clamp_to(T x, T lo, T hi) {
   return max_of(lo, min_of(x, hi));
 }
-static constexpr int64 ceil_div(int64 a, int64 b) { return (a + b - 1) / b; }
-static constexpr int64 round_up(int64 a, int64 b) { return ceil_div(a, b) * b; }
+static constexpr int64 ceil_div(int64 a, int64 b) {
+  return (a + b - 1) / b;
+}
+static constexpr int64 round_up(int64 a, int64 b) {
+  return ceil_div(a, b) * b;
+}
 
 }  // namespace flash

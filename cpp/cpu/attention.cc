@@ -25,8 +25,8 @@ const std::vector<Build>& builds() {
   static const std::vector<Build> all = [] {
     std::vector<Build> found;
 #ifdef FLASH_X86_BUILDS
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
       found.push_back({"avx512", &avx512::fwd_kernel, &avx512::bwd_kernel});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       found.push_back({"avx2", &avx2::fwd_kernel, &avx2::bwd_kernel});
@@ -62,7 +62,9 @@ Floats allocate(int64 floats) {
   return Floats(static_cast<float*>(::operator new[](sizeof(float) * max_of<int64>(floats, 1), std::align_val_t{64})));
 }
 
-int64 element_size(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+int64 element_size(DType dtype) {
+  return dtype == DType::kF32 ? 4 : 2;
+}
 
 // Sets rows [begin, end) of every head to zero; zero is all bits zero in each dtype.
 void zero_rows(const Problem& p, const View& view, int64 heads, int64 dim, const std::vector<RowRange>& ranges) {
@@ -78,8 +80,7 @@ void zero_rows(const Problem& p, const View& view, int64 heads, int64 dim, const
 void fill_row_values(const Problem& p, const View& view, float value, const std::vector<RowRange>& ranges) {
   for (const RowRange& range : ranges)
     for (int64 head = 0; head < p.num_heads; ++head)
-      for (int64 row = range.begin; row < range.end; ++row)
-        *pointer_to<float>(p, view, range.batch, head, row) = value;
+      for (int64 row = range.begin; row < range.end; ++row) *pointer_to<float>(p, view, range.batch, head, row) = value;
 }
 
 // ---- backward: how it is split ----
@@ -90,8 +91,8 @@ int64 choose_splits(int64 independent_units, int64 num_threads, int64 seqlen_kv)
   return clamp_to<int64>(wanted, 1, clamp_to<int64>(seqlen_kv / 256, 1, 8));
 }
 
-// Identifies the elements of dbias that a unit adds to: (batch part, head, split), -1 where the bias is broadcast. Units
-// that agree here must run one after the other; without dbias all differ.
+// Identifies the elements of dbias that a unit adds to: (batch part, head, split), -1 where the bias is broadcast.
+// Units that agree here must run one after the other; without dbias all differ.
 using DbiasPart = std::tuple<int64, int64, int64>;
 
 DbiasPart dbias_part(const BwdProblem& p, int64 sequence, int64 batch, int64 head_kv, int64 split) {
@@ -133,10 +134,10 @@ void make_units(const Plan& plan, int64 num_threads, BwdJob& job) {
           dq.data = job.dq_partials.get() + split * dq_elements;
           dq.dtype = DType::kF32;
         }
-        const BwdUnit unit = {s, head, min_of(split * split_keys, s.kv_len), min_of((split + 1) * split_keys, s.kv_len),
-                              dq, split == 0, &job.unfinished[i * p.num_heads_kv + head]};
-        const auto [at, is_new] =
-            list_of.try_emplace(dbias_part(p, i, s.batch, head, split), int64(job.units.size()));
+        const BwdUnit unit = {
+            s,  head,       min_of(split * split_keys, s.kv_len),      min_of((split + 1) * split_keys, s.kv_len),
+            dq, split == 0, &job.unfinished[i * p.num_heads_kv + head]};
+        const auto [at, is_new] = list_of.try_emplace(dbias_part(p, i, s.batch, head, split), int64(job.units.size()));
         if (is_new) job.units.emplace_back();
         job.units[at->second].push_back(unit);
       }
@@ -172,8 +173,7 @@ void forward(const FwdProblem& problem, const Executor& executor) {
   zero_rows(p, p.o, p.num_heads, p.head_dim_v, plan.unused_q_rows);
   fill_row_values(p, p.lse, -__builtin_inff(), plan.unused_q_rows);
   if (p.options.return_softmax)
-    __builtin_memset(p.probs.data, 0,
-                     sizeof(float) * num_batch_entries(p) * p.num_sequences * p.probs_sequence_stride);
+    __builtin_memset(p.probs.data, 0, sizeof(float) * num_batch_entries(p) * p.num_sequences * p.probs_sequence_stride);
   for (const Sequence& s : plan.sequences)
     for (int64 head = 0; head < p.num_heads; ++head)
       for (int64 q_begin = 0; q_begin < s.q_len; q_begin += kBlockQ) job->units.push_back({s, head, q_begin});

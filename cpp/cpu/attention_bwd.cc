@@ -11,16 +11,16 @@ namespace flash::cpu {
 namespace {
 
 struct Tiles {
-  float *k, *v;          // [unit keys, padded(head_dim)], [unit keys, padded(head_dim_v)]
-  float *dk, *dv;        // likewise
-  float *q, *qt;         // [kBlockQ, padded(head_dim)], [head_dim, lanes]
-  float *d_o, *d_ot;     // [kBlockQ, padded(head_dim_v)], [head_dim_v, lanes]
-  float* dq;             // [kBlockQ, padded(head_dim)]
-  float *scores, *dp;    // [kBlockKv, lanes]; they become P and dS
-  float* softcap_grad;   // [kBlockKv, lanes]
-  int32* keep;           // [kBlockKv, lanes]
-  float *lse, *delta;    // [lanes], LSE in log2 units
-  float* row;            // [max(head_dim, head_dim_v)]
+  float *k, *v;         // [unit keys, padded(head_dim)], [unit keys, padded(head_dim_v)]
+  float *dk, *dv;       // likewise
+  float *q, *qt;        // [kBlockQ, padded(head_dim)], [head_dim, lanes]
+  float *d_o, *d_ot;    // [kBlockQ, padded(head_dim_v)], [head_dim_v, lanes]
+  float* dq;            // [kBlockQ, padded(head_dim)]
+  float *scores, *dp;   // [kBlockKv, lanes]; they become P and dS
+  float* softcap_grad;  // [kBlockKv, lanes]
+  int32* keep;          // [kBlockKv, lanes]
+  float *lse, *delta;   // [lanes], LSE in log2 units
+  float* row;           // [max(head_dim, head_dim_v)]
 };
 
 Tiles make_tiles(const BwdProblem& p, int64 unit_keys, Scratch& scratch) {
@@ -93,8 +93,7 @@ void add_dbias(const BwdProblem& p, const Sequence& s, int64 head, const QueryTi
                const float* ds) {
   float* dbias = pointer_to<float>(p, p.dbias, s.batch, head, s.q_begin + q.begin, key);
   for (int64 i = 0; i < q.rows; ++i)
-    for (int64 j = 0; j < keys; ++j)
-      dbias[i * p.dbias.row_stride + j * p.dbias.col_stride] += ds[j * q.lanes + i];
+    for (int64 j = 0; j < keys; ++j) dbias[i * p.dbias.row_stride + j * p.dbias.col_stride] += ds[j * q.lanes + i];
 }
 
 void bwd(const BwdProblem& p, const BwdUnit& unit, float* memory) {
@@ -129,8 +128,7 @@ void bwd(const BwdProblem& p, const BwdUnit& unit, float* memory) {
         softmax_backward(p, q, keys, t);
         if (p.dbias.data) add_dbias(p, s, head, q, key, keys, t.dp);
         if (p.options.softcap != 0.0f)
-          for (int64 e = 0; e < keys * q.lanes; e += kLanes)
-            store(t.dp + e, load(t.dp + e) * load(t.softcap_grad + e));
+          for (int64 e = 0; e < keys * q.lanes; e += kLanes) store(t.dp + e, load(t.dp + e) * load(t.softcap_grad + e));
         gemm<false>(keys, ldv, q.lanes, t.scores, q.lanes, t.d_o, ldv, t.dv + at * ldv, ldv, true);
         gemm<false>(keys, ldk, q.lanes, t.dp, q.lanes, t.q, ldk, t.dk + at * ldk, ldk, true);
         gemm<true>(q.rows, ldk, keys, t.dp, q.lanes, k, ldk, t.dq, ldk, true);

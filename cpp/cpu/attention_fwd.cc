@@ -31,7 +31,8 @@ Tiles make_tiles(const FwdProblem& p, Scratch& scratch) {
   return t;
 }
 
-// Turns scores [keys, lanes] into 2^(score - maximum), moves maximum and sum on, and rescales O^T where the maximum grew.
+// Turns scores [keys, lanes] into 2^(score - maximum), moves maximum and sum on, and rescales O^T where the maximum
+// grew.
 void online_softmax(const FwdProblem& p, const QueryTile& q, int64 keys, Tiles& t) {
   for (int64 i = 0; i < q.lanes; i += kLanes) {
     const VecF before = load(t.maximum + i);
@@ -108,8 +109,7 @@ void fwd(const FwdProblem& p, const FwdUnit& unit, float* memory) {
   load_rows(p, p.q, s.batch, unit.head, row, q.rows, p.head_dim, t.kv);
   transpose(t.kv, q.rows, p.head_dim, p.options.scale * kLog2e, q.lanes, t.qt);
   // A sink is a key whose value is zero: the softmax starts from it instead of from nothing.
-  const float sink =
-      p.sinks.data ? *pointer_to<float>(p, p.sinks, s.batch, unit.head, 0) * kLog2e : -__builtin_inff();
+  const float sink = p.sinks.data ? *pointer_to<float>(p, p.sinks, s.batch, unit.head, 0) * kLog2e : -__builtin_inff();
   for (int64 i = 0; i < q.lanes; ++i) {
     t.maximum[i] = sink;
     t.sum[i] = p.sinks.data ? 1.0f : 0.0f;

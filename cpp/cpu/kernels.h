@@ -37,8 +37,8 @@ struct BwdUnit {
   Sequence sequence;
   int64 head_kv;
   int64 kv_begin, kv_end;
-  View dq;           // the result itself, or a float32 partial sum when the sequence's keys are split
-  bool first_split;  // writes delta, which all splits compute alike
+  View dq;                         // the result itself, or a float32 partial sum when the sequence's keys are split
+  bool first_split;                // writes delta, which all splits compute alike
   std::atomic<int64>* unfinished;  // splits of the same sequence and kv head that are still running
 };
 

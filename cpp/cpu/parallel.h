@@ -19,8 +19,8 @@ struct Executor {
 };
 
 // Calls `task(i)` for every i in [0, count), and then `executor.done`. `make_worker` builds what one thread needs (its
-// scratch memory) and returns `task`. Workers take the next index when free, so uneven tasks balance. With `inline_only`
-// all runs on the calling thread: for problems smaller than the cost of waking a thread.
+// scratch memory) and returns `task`. Workers take the next index when free, so uneven tasks balance. With
+// `inline_only` all runs on the calling thread: for problems smaller than the cost of waking a thread.
 template <class MakeWorker>
 void parallel_for(const Executor& executor, int64 count, bool inline_only, MakeWorker make_worker) {
   struct State {

@@ -43,8 +43,12 @@ Plan make_plan(const Problem& p) {
       from = to;
     };
     for (int64 i = 0; i < p.num_sequences; ++i) {
-      const Sequence s = {batch, i, q_slots[i].begin, used_rows(p, p.q_lens, batch, i, q_slots[i]),
-                          kv_slots[i].begin, used_rows(p, p.kv_lens, batch, i, kv_slots[i])};
+      const Sequence s = {batch,
+                          i,
+                          q_slots[i].begin,
+                          used_rows(p, p.q_lens, batch, i, q_slots[i]),
+                          kv_slots[i].begin,
+                          used_rows(p, p.kv_lens, batch, i, kv_slots[i])};
       plan.sequences.push_back(s);
       skip_to(plan.unused_q_rows, q_end, s.q_begin);
       q_end += s.q_len;

@@ -1,6 +1,6 @@
 // Vectors of float by the compilers' vector extension (g++, clang), and the two things attention needs of them: a
-// matrix product and 2^x. Compiled once per instruction set, see kernels.h; all in an unnamed namespace, so that no copy
-// built for a newer processor can be linked into code for an older one.
+// matrix product and 2^x. Compiled once per instruction set, see kernels.h; all in an unnamed namespace, so that no
+// copy built for a newer processor can be linked into code for an older one.
 #pragma once
 
 #include <string.h>
@@ -37,13 +37,23 @@ inline VecI load(const int32* p) {
   memcpy(&x, p, sizeof x);
   return x;
 }
-inline void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
-inline VecF splat(float x) { return x - VecF{}; }  // not +: -0 + 0 is 0, so that would cost an addition
-inline VecI splat(int32 x) { return x - VecI{}; }
+inline void store(float* p, VecF x) {
+  memcpy(p, &x, sizeof x);
+}
+inline VecF splat(float x) {
+  return x - VecF{};
+}  // not +: -0 + 0 is 0, so that would cost an addition
+inline VecI splat(int32 x) {
+  return x - VecI{};
+}
 
 // `mask` lanes are 0 or -1, as comparisons give them.
-inline VecF select(VecI mask, VecF a, VecF b) { return mask ? a : b; }
-inline VecF max(VecF a, VecF b) { return select(a > b, a, b); }
+inline VecF select(VecI mask, VecF a, VecF b) {
+  return mask ? a : b;
+}
+inline VecF max(VecF a, VecF b) {
+  return select(a > b, a, b);
+}
 
 // 2^x to 1e-7 relative; 0 below -127, inf from 128 on, NaN for NaN. Comparisons are written so that NaN passes.
 inline VecF exp2(VecF x) {
@@ -99,8 +109,7 @@ inline void gemm_panel(int64 rows, int64 depth, const float* a, int64 lda, const
     gemm_block<kTransposedA, kBlockRows, kVecs>(depth, at(i), lda, b, ldb, c + i * ldc, ldc, accumulate);
   for (; i + 4 <= rows; i += 4)
     gemm_block<kTransposedA, 4, kVecs>(depth, at(i), lda, b, ldb, c + i * ldc, ldc, accumulate);
-  for (; i < rows; ++i)
-    gemm_block<kTransposedA, 1, kVecs>(depth, at(i), lda, b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i < rows; ++i) gemm_block<kTransposedA, 1, kVecs>(depth, at(i), lda, b, ldb, c + i * ldc, ldc, accumulate);
 }
 
 // C[rows, cols] = A[rows, depth] B[depth, cols], or += with `accumulate`. All are row-major but A with kTransposedA, of

@@ -12,7 +12,9 @@
 namespace flash::cpu {
 namespace {
 
-constexpr int64 padded(int64 dim) { return round_up(dim, kLanes); }
+constexpr int64 padded(int64 dim) {
+  return round_up(dim, kLanes);
+}
 
 // Hands out aligned pieces of a thread's scratch memory; with a null base it only counts.
 struct Scratch {
@@ -148,8 +150,7 @@ bool any_unmasked(const Problem& p, const Sequence& s, int64 head, const QueryTi
 
 // The positional rule's answer for keys [key, key + keys), sharpened by the masks that are data.
 BlockKind classify_tile(const Problem& p, const Sequence& s, int64 head, const QueryTile& q, int64 key, int64 keys) {
-  BlockKind kind =
-      classify_block(q.rule, int32(q.begin), int32(q.begin + q.rows), int32(key), int32(key + keys));
+  BlockKind kind = classify_block(q.rule, int32(q.begin), int32(q.begin + q.rows), int32(key), int32(key + keys));
   if (kind == BlockKind::kNone) return kind;
   if (p.kv_segment_ids.data) {
     const int32* ids = kv_segments(p, s, key);
@@ -187,8 +188,8 @@ void apply_masks(const Problem& p, const Sequence& s, int64 head, const QueryTil
 
 // ---- scores ----
 
-// scores [keys, lanes] = log2(e) * (softcap(scale * K Q^T) + ALiBi + bias), -inf where masked. `qt` [head_dim, lanes] is
-// scaled by scale * log2(e). With `softcap_grad` [keys, lanes] also the derivative of the cap, 1 - tanh^2.
+// scores [keys, lanes] = log2(e) * (softcap(scale * K Q^T) + ALiBi + bias), -inf where masked. `qt` [head_dim, lanes]
+// is scaled by scale * log2(e). With `softcap_grad` [keys, lanes] also the derivative of the cap, 1 - tanh^2.
 void score_tile(const Problem& p, const Sequence& s, int64 head, const QueryTile& q, const float* qt, const float* k,
                 int64 key, int64 keys, BlockKind kind, float* scores, float* softcap_grad = nullptr) {
   const int64 size = keys * q.lanes;
@@ -244,7 +245,9 @@ void dropout_tile(const Problem& p, const Sequence& s, int64 head, const QueryTi
   }
 }
 
-float dropout_scale(const Problem& p) { return 256.0f / float(p.options.keep_threshold); }
+float dropout_scale(const Problem& p) {
+  return 256.0f / float(p.options.keep_threshold);
+}
 
 }  // namespace
 }  // namespace flash::cpu

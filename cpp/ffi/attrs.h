@@ -17,7 +17,7 @@ struct Attrs {
   int32_t keep_threshold;  // dropout keeps a byte below it; 256: no dropout
   bool deterministic;
   bool return_softmax;
-  int32_t max_seqlen_q;   // 0: not packed
+  int32_t max_seqlen_q;  // 0: not packed
   int32_t max_seqlen_kv;
   int32_t num_splits;  // 0: chosen by the implementation
 };

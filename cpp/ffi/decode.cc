@@ -10,15 +10,30 @@
 namespace flash::ffi {
 namespace {
 
-constexpr const char* kOperandNames[] = {
-    "query", "key", "value", "bias", "mask", "alibi_slopes", "sinks", "query_seq_lengths", "key_value_seq_lengths",
-    "query_segment_ids", "key_value_segment_ids", "cu_seqlens_q", "cu_seqlens_kv", "page_table", "dropout_stream",
-    "out", "lse", "d_out", "d_lse"};
+constexpr const char* kOperandNames[] = {"query",
+                                         "key",
+                                         "value",
+                                         "bias",
+                                         "mask",
+                                         "alibi_slopes",
+                                         "sinks",
+                                         "query_seq_lengths",
+                                         "key_value_seq_lengths",
+                                         "query_segment_ids",
+                                         "key_value_segment_ids",
+                                         "cu_seqlens_q",
+                                         "cu_seqlens_kv",
+                                         "page_table",
+                                         "dropout_stream",
+                                         "out",
+                                         "lse",
+                                         "d_out",
+                                         "d_lse"};
 static_assert(std::size(kOperandNames) == size_t(Operand::kCount));
 
 // An axis of an operand behind its batch axes: its meaning, its size, and whether size 1 stands for all.
 struct Axis {
-  int64 View::* stride;
+  int64 View::*stride;
   int64 size;
   bool broadcasts = false;
 };
@@ -31,7 +46,8 @@ class Decoder {
       : attrs_(attrs), args_(args), rets_(rets) {
     int32 next = 0;
     for (int32 i = 0; i < int32(Operand::kCount); ++i) index_[i] = attrs.operands >> i & 1 ? next++ : -1;
-    if (size_t(next) != args.size()) fail("the custom call", "has an `operands` attribute that does not fit its operands");
+    if (size_t(next) != args.size())
+      fail("the custom call", "has an `operands` attribute that does not fit its operands");
   }
 
   bool ok() const { return error_.empty(); }
@@ -209,9 +225,8 @@ void decode_common(const Attrs& attrs, Decoder& d, Problem& p) {
   p.mask = d.operand(Operand::kMask, scores, {xf::DataType::PRED});
   p.sinks = d.operand(Operand::kSinks, {head}, {kF32});
   const Axis sequence = {&View::row_stride, p.num_sequences}, offsets = {&View::row_stride, p.num_sequences + 1};
-  p.alibi_slopes =
-      packed ? d.operand(Operand::kAlibiSlopes, {{&View::row_stride, p.num_sequences, true}, head}, {kF32})
-             : d.operand(Operand::kAlibiSlopes, {head}, {kF32});
+  p.alibi_slopes = packed ? d.operand(Operand::kAlibiSlopes, {{&View::row_stride, p.num_sequences, true}, head}, {kF32})
+                          : d.operand(Operand::kAlibiSlopes, {head}, {kF32});
   auto lengths = [&](Operand operand) {
     return packed ? d.operand(operand, {sequence}, {kS32}) : d.operand(operand, {}, {kS32});
   };

@@ -45,15 +45,9 @@ xf::Future bwd(xf::ThreadPool pool, Attrs attrs, xf::RemainingArgs args, xf::Rem
 }  // namespace
 }  // namespace flash::ffi
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_fwd_cpu, flash::ffi::fwd,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attrs<flash::ffi::Attrs>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_bwd_cpu, flash::ffi::bwd,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attrs<flash::ffi::Attrs>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_flash_fwd_cpu, flash::ffi::fwd,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().Attrs<flash::ffi::Attrs>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_flash_bwd_cpu, flash::ffi::bwd,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().Attrs<flash::ffi::Attrs>().RemainingArgs().RemainingRets());
