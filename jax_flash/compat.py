@@ -26,10 +26,9 @@ def result_type(shape: tuple[int, ...], dtype: Any, operands: dict[str, jax.Arra
     varying = frozenset().union(*map(varying_axes, operands.values()))
     if not varying:
         return jax.ShapeDtypeStruct(shape, dtype)
-    if _ManualAxisType is None:
-        return jax.ShapeDtypeStruct(shape, dtype, vma=varying)  # pyright: ignore[reportCallIssue]
+    manual = {"vma": varying} if _ManualAxisType is None else {"manual_axis_type": _ManualAxisType(varying=varying)}
     replicated = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*(None,) * len(shape)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated, manual_axis_type=_ManualAxisType(varying=varying))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated, **manual)
 
 
 def unify_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:

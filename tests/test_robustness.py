@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import re
-import resource
 import subprocess
 import sys
 
@@ -397,121 +396,122 @@ def test_out_of_range_pages(rng):
 
 # ---- the custom calls themselves ----
 
-_T, _S, _N, _K, _H = 3, 5, 4, 2, 8
-_F32 = jnp.float32
-_OPERANDS = {
-    "query": jnp.ones((2, _T, _N, _H)),
-    "key": jnp.ones((2, _S, _K, _H)),
-    "value": jnp.ones((2, _S, _K, _H)),
-}
-_RESULTS = {"out": ((2, _T, _N, _H), _F32), "lse": ((2, _N, _T), _F32)}
-_PACKED = {"query": jnp.ones((_T, _N, _H)), "key": jnp.ones((_S, _K, _H)), "value": jnp.ones((_S, _K, _H))}
-_PACKED_RESULTS = {"out": ((_T, _N, _H), _F32), "lse": ((_N, _T), _F32)}
-_BACKWARD = {
-    **_OPERANDS,
-    "out": jnp.ones((2, _T, _N, _H)),
-    "lse": jnp.ones((2, _N, _T)),
-    "d_out": jnp.ones((2, _T, _N, _H)),
-    "d_lse": jnp.ones((2, _N, _T)),
-}
-_GRADIENTS = {**{n: (x.shape, _F32) for n, x in _OPERANDS.items()}, "delta": ((2, _N, _T), _F32)}
-_NONE = object()
+T, S, N, K, H = 3, 5, 4, 2, 8
+F32 = jnp.float32
+ABSENT = object()
+
+
+def ones(*shape, dtype=F32):
+    return jnp.ones(shape, dtype)
+
+
+DENSE = (
+    "jax_flash_fwd",
+    {"query": ones(2, T, N, H), "key": ones(2, S, K, H), "value": ones(2, S, K, H)},
+    {"out": ((2, T, N, H), F32), "lse": ((2, N, T), F32)},
+)
+PACKED = (
+    "jax_flash_fwd",
+    {"query": ones(T, N, H), "key": ones(S, K, H), "value": ones(S, K, H)},
+    {"out": ((T, N, H), F32), "lse": ((N, T), F32)},
+)
+BACKWARD = (
+    "jax_flash_bwd",
+    {**DENSE[1], "out": ones(2, T, N, H), "lse": ones(2, N, T), "d_out": ones(2, T, N, H), "d_lse": ones(2, N, T)},
+    {"query": ((2, T, N, H), F32), "key": ((2, S, K, H), F32), "value": ((2, S, K, H), F32), "delta": ((2, N, T), F32)},
+)
+
+# The call, what is wrong with its operands, results and attributes, and what the error must name.
+MISUSE = [
+    (DENSE, {"query": ABSENT, "key": ABSENT, "value": ABSENT}, {}, {}, "query is missing"),
+    (DENSE, {"query": ABSENT}, {}, {}, "query is missing"),
+    (DENSE, {"value": ABSENT}, {}, {}, "value is missing"),
+    (DENSE, {}, {}, {"operands": np.int32(-1)}, "`operands` attribute"),
+    (DENSE, {}, {}, {"operands": np.int32(3)}, "`operands` attribute"),
+    (DENSE, {"query": ones()}, {}, {}, "query must have 3 to 11 axes"),
+    (DENSE, {"query": ones(*[1] * 12)}, {}, {}, "query must have 3 to 11 axes"),
+    (DENSE, {"key": ones()}, {}, {}, "at least 3 axes"),
+    (DENSE, {"key": ones(K, H)}, {}, {}, "at least 3 axes"),
+    (DENSE, {"key": ones(3, S, K, H)}, {}, {}, "key has size 3 on axis 0, expected 2"),
+    (DENSE, {"key": ones(2, S, K, H + 1)}, {}, {}, "key has size 9 on axis 3, expected 8"),
+    (DENSE, {"key": ones(2, S, 3, H)}, {}, {}, "multiple of the key's heads"),
+    (DENSE, {"key": ones(2, S, 0, H), "value": ones(2, S, 0, H)}, {}, {}, "multiple of the key's heads"),
+    (DENSE, {"value": ones(2, S - 1, K, H)}, {}, {}, "value has size 4 on axis 1, expected 5"),
+    (DENSE, {"query": ones(2, T, N, 257), "key": ones(2, S, K, 257)}, {}, {}, "at most 256"),
+    (DENSE, {"query": ones(2, T, N, H, dtype=jnp.int32)}, {}, {}, "query has an unexpected dtype"),
+    (DENSE, {"key": ones(2, S, K, H, dtype=jnp.bfloat16)}, {}, {}, "key has an unexpected dtype"),
+    (DENSE, {"mask": ones(2, N, T, S)}, {}, {}, "mask has an unexpected dtype"),
+    (DENSE, {"mask": ones(2, N, T, 2, dtype=bool)}, {}, {}, "mask has size 2 on axis 3, expected 5"),
+    (DENSE, {"bias": ones(T, S)}, {}, {}, "bias has 2 axes"),
+    (DENSE, {"bias": ones(2, 2, T, S)}, {}, {}, "bias has size 2 on axis 1, expected 4"),
+    (DENSE, {"alibi_slopes": ones(1, 2)}, {}, {}, "alibi_slopes has size 2"),
+    (DENSE, {"sinks": ones(1, N, dtype=jnp.bfloat16)}, {}, {}, "sinks has an unexpected dtype"),
+    (DENSE, {"key_value_seq_lengths": ones(2)}, {}, {}, "key_value_seq_lengths has an unexpected dtype"),
+    (DENSE, {"query_seq_lengths": ints(1, 2, 3)}, {}, {}, "query_seq_lengths has size 3"),
+    (DENSE, {"query_segment_ids": ones(2, T, dtype=jnp.int32)}, {}, {}, "segment ids"),
+    (DENSE, {}, {}, {"keep_threshold": np.int32(128)}, "dropout_stream"),
+    (DENSE, {}, {}, {"keep_threshold": np.int32(0)}, "keep_threshold"),
+    (DENSE, {}, {"lse": ABSENT}, {}, "lse is not among the results"),
+    (DENSE, {}, {"out": ((2, T, N, H - 1), F32)}, {}, "out has size 7 on axis 3, expected 8"),
+    (DENSE, {}, {"out": ((1, T, N, H), F32)}, {}, "out has size 1 on axis 0, expected 2"),
+    (DENSE, {}, {"out": ((2, T, N, H), jnp.bfloat16)}, {}, "out has an unexpected dtype"),
+    (DENSE, {}, {"lse": ((2, T, N), F32)}, {}, "lse has size 4 on axis 2, expected 3"),
+    (DENSE, {}, {}, {"return_softmax": True}, "probs is not among the results"),
+    (DENSE, {}, {}, {"scale": ABSENT}, "attributes"),
+    (DENSE, {}, {}, {"scale": "large"}, "decode"),
+    (DENSE, {}, {}, {"colour": np.int32(1)}, "attributes"),
+    (PACKED, {"cu_seqlens_q": ints(0, 3)[0], "cu_seqlens_kv": ints(0, 5)}, {}, {}, "cu_seqlens_q"),
+    (PACKED, {"cu_seqlens_q": ints(), "cu_seqlens_kv": ints()}, {}, {}, "cu_seqlens_q must hold at least one"),
+    (PACKED, {"cu_seqlens_q": ones(2), "cu_seqlens_kv": ints(0, 5)}, {}, {}, "cu_seqlens_q has an unexpected dtype"),
+    (PACKED, {"cu_seqlens_q": ints(0, 3), "cu_seqlens_kv": ints(0, 1, 5)}, {}, {}, "cu_seqlens_kv has size 3"),
+    (PACKED, {"page_table": ints(1)[0]}, {}, {}, "page"),
+    (PACKED, {"key": ones(2, 4, K, H), "value": ones(2, 4, K, H), "page_table": ints(1)[0]}, {}, {}, "page_table"),
+    (PACKED, {"page_table": ints(1)}, {}, {}, r"key must be \[pages"),
+    (PACKED, {"key": ones(2, 0, K, H), "value": ones(2, 0, K, H), "page_table": ints(1)}, {}, {}, "page size"),
+    (
+        PACKED,
+        {"cu_seqlens_q": ints(0, 3), "cu_seqlens_kv": ints(0, 5)},
+        {"probs": ((1, N, T, S), F32)},
+        {"return_softmax": True, "max_seqlen_q": np.int32(-1), "max_seqlen_kv": np.int32(INT_MAX)},
+        "probs has size 5 on axis 3, expected 2147483647",
+    ),
+    (BACKWARD, {"page_table": ints([0], [0])}, {}, {}, "page_table has no backward pass"),
+    (BACKWARD, {"d_out": ABSENT}, {}, {}, "d_out is missing"),
+    (BACKWARD, {"lse": ones(2, T, N)}, {}, {}, "lse has size 4"),
+    (BACKWARD, {}, {"key": ((2, S, N, H), F32)}, {}, "dk has size 4 on axis 2, expected 2"),
+    (BACKWARD, {}, {"delta": ABSENT}, {}, "delta is not among the results"),
+    (BACKWARD, {"bias": ones(1, 1, 1, 1)}, {}, {}, "dbias must be a float32 result"),
+    (
+        BACKWARD,
+        {"bias": ones(1, 1, 1, 1)},
+        {"bias": ((1, 1, 1, 1), jnp.bfloat16)},
+        {},
+        "dbias must be a float32 result",
+    ),
+    (BACKWARD, {"bias": ones(1, 1, 1, S)}, {"bias": ((1, 1, 1, 1), F32)}, {}, "dbias must be a float32 result"),
+]
 
 
 def ffi_call(target, operands, results, attributes):
-    """The custom call with whatever it is given; _NONE leaves something out."""
-    operands, results = ({n: x for n, x in y.items() if x is not _NONE} for y in (operands, results))
+    """The custom call with whatever it is given."""
+    operands = {n: operands[n] for n in OPERANDS if operands.get(n, ABSENT) is not ABSENT}  # in the order of the call
+    results = [jax.ShapeDtypeStruct(*x) for x in results.values() if x is not ABSENT]
     attributes = {**ffi_attributes(Attrs(scale=1.0), tuple(operands)), **attributes}
-    attributes = {n: x for n, x in attributes.items() if x is not _NONE}
-    types = [jax.ShapeDtypeStruct(*x) for x in results.values()]
-    return jax.block_until_ready(jax.ffi.ffi_call(target, types)(*operands.values(), **attributes))
+    attributes = {n: x for n, x in attributes.items() if x is not ABSENT}
+    jax.block_until_ready(jax.ffi.ffi_call(target, results)(*operands.values(), **attributes))
 
 
-MISUSE = {
-    "no_operands": ({"query": _NONE, "key": _NONE, "value": _NONE}, {}, {}),
-    "no_query": ({"query": _NONE}, {}, {}),
-    "no_value": ({"value": _NONE}, {}, {}),
-    "operand_bits_too_many": ({}, {}, {"operands": np.int32(-1)}),
-    "operand_bits_too_few": ({}, {}, {"operands": np.int32(3)}),
-    "query_scalar": ({"query": jnp.ones(())}, {}, {}),
-    "query_rank": ({"query": jnp.ones((1,) * 12)}, {}, {}),
-    "key_scalar": ({"key": jnp.ones(())}, {}, {}),
-    "key_rank": ({"key": jnp.ones((_K, _H))}, {}, {}),
-    "key_batch": ({"key": jnp.ones((3, _S, _K, _H))}, {}, {}),
-    "key_dim": ({"key": jnp.ones((2, _S, _K, _H + 1))}, {}, {}),
-    "key_heads": ({"key": jnp.ones((2, _S, 3, _H))}, {}, {}),
-    "key_no_heads": ({"key": jnp.ones((2, _S, 0, _H)), "value": jnp.ones((2, _S, 0, _H))}, {}, {}),
-    "value_rows": ({"value": jnp.ones((2, _S - 1, _K, _H))}, {}, {}),
-    "dim_too_large": ({"query": jnp.ones((2, _T, _N, 257)), "key": jnp.ones((2, _S, _K, 257))}, {}, {}),
-    "query_dtype": ({"query": jnp.ones((2, _T, _N, _H), jnp.int32)}, {}, {}),
-    "mixed_dtypes": ({"key": jnp.ones((2, _S, _K, _H), jnp.bfloat16)}, {}, {}),
-    "mask_dtype": ({"mask": jnp.ones((2, _N, _T, _S))}, {}, {}),
-    "mask_size": ({"mask": jnp.ones((2, _N, _T, 2), bool)}, {}, {}),
-    "bias_rank": ({"bias": jnp.ones((_T, _S))}, {}, {}),
-    "bias_size": ({"bias": jnp.ones((2, 2, _T, _S))}, {}, {}),
-    "alibi_size": ({"alibi_slopes": jnp.ones((1, 2))}, {}, {}),
-    "sinks_dtype": ({"sinks": jnp.ones((1, _N), jnp.bfloat16)}, {}, {}),
-    "lengths_dtype": ({"key_value_seq_lengths": jnp.ones(2)}, {}, {}),
-    "lengths_size": ({"query_seq_lengths": ints(1, 2, 3)}, {}, {}),
-    "one_segment_ids": ({"query_segment_ids": jnp.ones((2, _T), jnp.int32)}, {}, {}),
-    "dropout_without_stream": ({}, {}, {"keep_threshold": np.int32(128)}),
-    "keep_threshold": ({}, {}, {"keep_threshold": np.int32(0)}),
-    "no_lse": ({}, {"lse": _NONE}, {}),
-    "out_shape": ({}, {"out": ((2, _T, _N, _H - 1), _F32)}, {}),
-    "out_broadcast": ({}, {"out": ((1, _T, _N, _H), _F32)}, {}),
-    "out_dtype": ({}, {"out": ((2, _T, _N, _H), jnp.bfloat16)}, {}),
-    "lse_shape": ({}, {"lse": ((2, _T, _N), _F32)}, {}),
-    "no_probs": ({}, {}, {"return_softmax": True}),
-    "attribute_missing": ({}, {}, {"scale": _NONE}),
-    "attribute_extra": ({}, {}, {"colour": np.int32(1)}),
-    "attribute_type": ({}, {}, {"scale": "large"}),
-}
-MISUSE_PACKED = {
-    "offsets_scalar": ({"cu_seqlens_q": ints(0, 3)[0], "cu_seqlens_kv": ints(0, 5)}, {}, {}),
-    "offsets_empty": ({"cu_seqlens_q": ints(), "cu_seqlens_kv": ints()}, {}, {}),
-    "offsets_dtype": ({"cu_seqlens_q": jnp.ones(2), "cu_seqlens_kv": ints(0, 5)}, {}, {}),
-    "offsets_disagree": ({"cu_seqlens_q": ints(0, 3), "cu_seqlens_kv": ints(0, 1, 5)}, {}, {}),
-    "table_scalar": ({"page_table": ints(1)[0]}, {}, {}),
-    "table_without_pages": ({"page_table": ints(1)}, {}, {}),
-    "page_size": ({"key": jnp.ones((2, 0, 2, 8)), "value": jnp.ones((2, 0, 2, 8)), "page_table": ints(1)}, {}, {}),
-    "probs_size": (
-        {"cu_seqlens_q": ints(0, 3), "cu_seqlens_kv": ints(0, 5)},
-        {"probs": ((1, _N, _T, _S), _F32)},
-        {"return_softmax": True, "max_seqlen_q": np.int32(-1), "max_seqlen_kv": np.int32(INT_MAX)},
-    ),
-}
-MISUSE_BACKWARD = {
-    "paged": ({"page_table": ints(0, 0)[:, None]}, {}, {}),
-    "no_cotangent": ({"d_out": _NONE}, {}, {}),
-    "lse_shape": ({"lse": jnp.ones((2, _T, _N))}, {}, {}),
-    "gradient_shape": ({}, {"key": ((2, _S, _N, _H), _F32)}, {}),
-    "gradient_missing": ({}, {"delta": _NONE}, {}),
-    "no_dbias": ({"bias": jnp.ones((1, 1, 1, 1))}, {}, {}),
-    "dbias_dtype": ({"bias": jnp.ones((1, 1, 1, 1))}, {"bias": ((1, 1, 1, 1), jnp.bfloat16)}, {}),
-    "dbias_shape": ({"bias": jnp.ones((1, 1, 1, _S))}, {"bias": ((1, 1, 1, 1), _F32)}, {}),
-}
+@pytest.mark.parametrize("call", [DENSE, PACKED, BACKWARD], ids=["dense", "packed", "backward"])
+def test_proper_use_of_the_custom_calls(call):
+    ffi_call(*call, {})
 
 
-@pytest.mark.parametrize(
-    "target, operands, results, changes",
-    [
-        pytest.param(target, operands, results, changes, id=f"{group}-{name}")
-        for group, target, operands, results, table in (
-            ("dense", "jax_flash_fwd", _OPERANDS, _RESULTS, MISUSE),
-            ("packed", "jax_flash_fwd", _PACKED, _PACKED_RESULTS, MISUSE_PACKED),
-            ("backward", "jax_flash_bwd", _BACKWARD, _GRADIENTS, MISUSE_BACKWARD),
-        )
-        for name, changes in table.items()
-    ],
-)
-def test_misuse_of_the_custom_calls(target, operands, results, changes):
+@pytest.mark.parametrize("call, operands, results, attributes, message", MISUSE)
+def test_misuse_of_the_custom_calls(call, operands, results, attributes, message):
     """Below the Python checks: an error, and no access out of bounds."""
-    ffi_call(target, operands, results, {})  # right so far
-    more_operands, more_results, attributes = changes
-    given = {**operands, **more_operands}
-    operands = {name: given.get(name, _NONE) for name in OPERANDS}  # in the order of the call
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        ffi_call(target, operands, {**results, **more_results}, attributes)
+    target, right_operands, right_results = call
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        ffi_call(target, {**right_operands, **operands}, {**right_results, **results}, attributes)
 
 
 # ---- load and memory ----
@@ -585,8 +585,7 @@ def test_resident_memory_is_linear_in_the_length(tmp_path):
 
 
 def test_in_dirty_memory(tmp_path):
-    """The tests above in a process of their own, whose fresh memory is filled with large floats: a crash is noticed, and
-    so is a result that was never written."""
+    """In a process of its own, whose fresh memory holds large floats: crashes and unwritten results are noticed."""
     dirty = {**os.environ, "MALLOC_PERTURB_": "128", "MALLOC_MMAP_MAX_": "0"}
     chosen = "out_of_range or unused or empty or misuse"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]

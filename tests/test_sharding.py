@@ -108,13 +108,55 @@ ALL_BATCH = P(("data", "model"))
         (8, 8, ALL_BATCH, ALL_BATCH, {}),
         (6, 2, ALL_BATCH, ALL_BATCH, {}),
         (8, 8, P(None, None, ("data", "model")), P(None, None, ("data", "model")), {}),
+        (6, 2, P("model", None, "data"), P("model", None, "data"), {}),
         (8, 8, HEADS, BATCH, {}),
         # Fewer key/value heads than devices: each device has a part of their gradient.
         (8, 2, HEADS, BATCH, {"all-reduce": 1}),
         (8, 1, HEADS, BATCH, {"all-reduce": 1}),
+        (8, 2, P("data", None, "model"), P("data", None, None), {"all-reduce": 1}),
+        # The gradients of whole keys and values, each device having worked on some heads.
+        (8, 4, HEADS, BATCH, {"all-gather": 2}),
     ],
 )
-def test_auto_mesh(rng, auto_mesh, heads, heads_kv, query_spec, kv_spec, backward_collectives):
+def test_batch_and_heads_need_no_communication(
+    rng, auto_mesh, heads, heads_kv, query_spec, kv_spec, backward_collectives
+):
     operands = named(rng.qkv(8, 6, 9, heads, heads_kv, 8))
     specs = {"query": query_spec, "key": kv_spec, "value": kv_spec}
     check(causal, operands, auto_mesh, specs, backward_collectives)
+
+
+OPTIONS = {
+    "lengths": (lambda rng: {"query_seq_lengths": rng.integers(1, 6, 4), "key_value_seq_lengths": rng.integers(0, 9, 4)}, {"query_seq_lengths": BATCH, "key_value_seq_lengths": BATCH}, {}),
+}
+
+
+def test_probe(rng, auto_mesh):
+    base = named(rng.qkv(4, 6, 9, 8, 4, 8))
+    specs = dict.fromkeys(base, HEADS)
+    cases = {
+     "lengths": ({"query_seq_lengths": rng.integers(1, 6, 4), "key_value_seq_lengths": rng.integers(0, 9, 4)}, {"query_seq_lengths": BATCH, "key_value_seq_lengths": BATCH}),
+     "lengths_repl": ({"query_seq_lengths": rng.integers(1, 6, 4), "key_value_seq_lengths": rng.integers(0, 9, 4)}, {}),
+     "seg": ({"query_segment_ids": rng.integers(0, 1, 4, 6), "key_value_segment_ids": rng.integers(0, 1, 4, 9)}, {"query_segment_ids": BATCH, "key_value_segment_ids": BATCH}),
+     "mask_full": ({"mask": rng.bernoulli(4, 8, 6, 9)}, {"mask": P("data", "model")}),
+     "mask_shared": ({"mask": rng.bernoulli(1, 1, 6, 9)}, {}),
+     "alibi": ({"alibi_slopes": rng.normal(8)}, {"alibi_slopes": P("model")}),
+     "alibiB": ({"alibi_slopes": rng.normal(4, 8)}, {"alibi_slopes": P("data", "model")}),
+     "alibi_repl": ({"alibi_slopes": rng.normal(8)}, {}),
+     "sinks": ({"sinks": rng.normal(8)}, {"sinks": P("model")}),
+     "sinks_repl": ({"sinks": rng.normal(8)}, {}),
+     "bias_full": ({"bias": rng.normal(4, 8, 6, 9)}, {"bias": P("data", "model")}),
+     "bias_heads": ({"bias": rng.normal(1, 8, 6, 9)}, {"bias": P(None, "model")}),
+     "bias_batch": ({"bias": rng.normal(4, 1, 6, 9)}, {"bias": P("data")}),
+     "bias_one": ({"bias": rng.normal(1, 1, 1, 9)}, {}),
+     "bias_repl": ({"bias": rng.normal(4, 8, 6, 9)}, {}),
+    }
+    for name, (more, sp) in cases.items():
+        ops, spp = base | more, specs | sp
+        expected = with_gradients(full, ops)
+        placed = place(auto_mesh, ops, spp)
+        f = forward.lower(full, placed).compile()
+        c = with_gradients.lower(full, placed).compile()
+        try: assert_close(c(placed), expected); ok = "ok"
+        except AssertionError as e: ok = str(e)
+        print(name, ok, collectives(f), collectives(c))
