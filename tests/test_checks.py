@@ -11,7 +11,7 @@ import pytest
 
 from jax_flash import dot_product_attention, flash_api, flash_attention, flash_attention_varlen, paged_attention
 
-NAN, INF = float("nan"), float("inf")
+NAN, INF, I32 = float("nan"), float("inf"), jnp.int32
 
 
 def ones(*shape, dtype=jnp.float32):
@@ -32,6 +32,7 @@ KEY = jax.random.key(0)
 _QKV = {"q": Q, "k": KV, "v": KV}
 _PACKED = {"q": PACKED_Q, "k": PACKED_KV, "v": PACKED_KV, "cu_seqlens_q": OFFSETS_Q, "cu_seqlens_k": OFFSETS_KV}
 _PACKED |= {"max_seqlen_q": 6, "max_seqlen_k": 7}
+_KV_PAGES = ("key_pages", "value_pages")
 _PAGED = {"k": PAGES, "v": PAGES, "block_table": TABLE}
 
 # Each function with arguments that are right.
@@ -64,7 +65,7 @@ WRONG = [
     (DENSE, {"value": [[1.0], [2.0, 3.0]]}, ValueError, "`value` must be an array, got list"),
     (DENSE, {"query": ones(4, 8)}, ValueError, r"`query` must have at least 3 axes .*\[4, 8\]"),
     (DENSE, {"query": Q.astype(jnp.int32)}, NotImplementedError, "`query` has dtype int32; .* float32, bfloat16"),
-    (DENSE, {"value": KV.astype(jnp.complex64)}, NotImplementedError, "`value` has dtype complex64; .* float32, bfloat16"),
+    (DENSE, {"value": KV.astype(jnp.complex64)}, NotImplementedError, "`value` has dtype complex64; .* float32"),
     (DENSE, {"key": KV > 0}, NotImplementedError, "`key` has dtype bool; .* float32, bfloat16"),
     (DENSE, {"query": jax.random.split(KEY, (2, 6, 4, 8))}, NotImplementedError, "`query` has dtype key.* float32"),
     (DENSE, {"key": KV.astype(jnp.bfloat16)}, ValueError, "one dtype, got float32, bfloat16, float32"),
@@ -79,14 +80,14 @@ WRONG = [
     (DENSE, {"query": ones(2, 6, 0, 8)}, ValueError, "query heads must be a multiple .* got 0 and 2"),
     (DENSE, {"query": ones(3, 6, 4, 8)}, ValueError, r"leading \(batch\) axes, got \[3, 6, 4, 8\] and \[2, 7, 2, 8\]"),
     (DENSE, {"query": ones(6, 4, 8)}, ValueError, r"leading \(batch\) axes, got \[6, 4, 8\] and \[2, 7, 2, 8\]"),
-    (DENSE, dict.fromkeys(("query", "key", "value"), ones(*[1] * 12)), NotImplementedError, "at most 8 .* got 9; reshape"),
+    (DENSE, dict.fromkeys(("query", "key", "value"), ones(*[1] * 12)), NotImplementedError, "at most 8 .* got 9"),
     # bias, mask
     (DENSE, {"bias": ones(6, 7)}, ValueError, r"`bias` .*\[2, 4, 6, 7\], any axis of which may be 1, got \[6, 7\]"),
     (DENSE, {"bias": ones(2, 2, 6, 7)}, ValueError, r"`bias` .*\[2, 4, 6, 7\].* got \[2, 2, 6, 7\]"),
-    (DENSE, {"bias": ones(1, 1, 6, 7, dtype=jnp.int32)}, ValueError, "`bias` must be float32, .* got int32"),
+    (DENSE, {"bias": ones(1, 1, 6, 7, dtype=I32)}, ValueError, "`bias` must be float32, .* got int32"),
     (DENSE, {"bias": ones(1, 1, 6, 7, dtype=bool)}, ValueError, "`bias` must be float32, .* got bool"),
     (DENSE, {"mask": ones(1, 1, 6, 7)}, ValueError, "`mask` must be bool .* got float32.* `bias`"),
-    (DENSE, {"mask": ones(1, 1, 6, 7, dtype=jnp.int32)}, ValueError, "`mask` must be bool .* got int32.* `mask != 0`"),
+    (DENSE, {"mask": ones(1, 1, 6, 7, dtype=I32)}, ValueError, "`mask` must be bool .* got int32.* `mask != 0`"),
     (DENSE, {"mask": ones(2, 1, 7, 6, dtype=bool)}, ValueError, r"`mask` .*\[2, 4, 6, 7\].* got \[2, 1, 7, 6\]"),
     (DENSE, {"mask": True}, ValueError, "`mask` must be an array, got True"),
     # Numbers
@@ -121,10 +122,10 @@ WRONG = [
     (DENSE, {"local_window_size": 2**31}, ValueError, "`local_window_size` must be a Python int .* got 2147483648"),
     (DENSE, {"local_window_size": ["a", 1]}, ValueError, "`local_window_size` must be a Python int .* got 'a'"),
     (DENSE, {"local_window_size": (1, True)}, ValueError, "`local_window_size` must be a Python int .* got True"),
-    (DENSE, {"local_window_size": (1, 2, 3)}, ValueError, r"`local_window_size` must be None, an int, or a pair .*\(1, 2, 3\)"),
-    (DENSE, {"local_window_size": 1.5}, ValueError, "`local_window_size` must be None, an int, or a pair .* float: 1.5"),
-    (DENSE, {"local_window_size": True}, ValueError, "`local_window_size` must be None, an int, or a pair .* bool: True"),
-    (DENSE, {"local_window_size": jnp.int32(3)}, ValueError, "`local_window_size` must be None, an int, or a pair"),
+    (DENSE, {"local_window_size": (1, 2, 3)}, ValueError, r"`local_window_size` must be None, .*\(1, 2, 3\)"),
+    (DENSE, {"local_window_size": 1.5}, ValueError, "`local_window_size` must be None, .* got float: 1.5"),
+    (DENSE, {"local_window_size": True}, ValueError, "`local_window_size` must be None, .* got bool: True"),
+    (DENSE, {"local_window_size": jnp.int32(3)}, ValueError, "`local_window_size` must be None, an int, .* got"),
     # Arrays per head, batch entry and row
     (DENSE, {"alibi_slopes": ones(3)}, ValueError, r"`alibi_slopes` must have shape \[N\] or .*\[2, 4\], got \[3\]"),
     (DENSE, {"alibi_slopes": ones(3, 4)}, ValueError, r"`alibi_slopes` must have shape .*\[2, 4\], got \[3, 4\]"),
@@ -135,10 +136,10 @@ WRONG = [
     (DENSE, {"query_seq_lengths": 3}, ValueError, r"`query_seq_lengths` must have shape .*\[2\], got \[\]"),
     (DENSE, {"key_value_seq_lengths": ones(2) > 0}, ValueError, "`key_value_seq_lengths` must be int32, got bool"),
     (DENSE, {"key_value_seq_lengths": ints(1, 2, 3)}, ValueError, r"`key_value_seq_lengths` .*\[2\], got \[3\]"),
-    (DENSE, {"query_segment_ids": ones(2, 6, dtype=jnp.int32)}, ValueError, "`key_value_segment_ids` must be given together"),
+    (DENSE, {"query_segment_ids": ones(2, 6, dtype=I32)}, ValueError, "`key_value_segment_ids` must be given together"),
     (
         DENSE,
-        {"query_segment_ids": ones(2, 6, dtype=jnp.int32), "key_value_segment_ids": ones(2, 6, dtype=jnp.int32)},
+        {"query_segment_ids": ones(2, 6, dtype=I32), "key_value_segment_ids": ones(2, 6, dtype=I32)},
         ValueError,
         r"`key_value_segment_ids` must have shape .*\[2, 7\], got \[2, 6\]",
     ),
@@ -153,7 +154,7 @@ WRONG = [
     (DENSE, {"dropout_rate": -0.1}, ValueError, r"`dropout_rate` must be in \[0, 1\), got -0.1"),
     (DENSE, {"dropout_rate": NAN}, ValueError, r"`dropout_rate` must be in \[0, 1\), got nan"),
     (DENSE, {"dropout_rate": None}, ValueError, "`dropout_rate` must be a Python number .* got NoneType"),
-    (DENSE, {"dropout_rate": jnp.float32(0.1)}, ValueError, "`dropout_rate` must be a Python number known when tracing"),
+    (DENSE, {"dropout_rate": jnp.float32(0.1)}, ValueError, "`dropout_rate` must be a Python number known when"),
     (DENSE, {"dropout_rate": 0.1}, ValueError, "`dropout_key` is needed with dropout_rate = 0.1: .*jax.random.key"),
     (DENSE, {"dropout_rate": 0.1, "dropout_key": 0}, ValueError, r"`dropout_key` .* got int32 of shape \[\]"),
     (DENSE, {"dropout_rate": 0.1, "dropout_key": "x"}, ValueError, "`dropout_key` must be an array, got 'x'"),
@@ -181,12 +182,12 @@ WRONG = [
     (JAX_NN, {"return_residual": 1}, ValueError, "`return_residual` must be True or False"),
     # flash_attention_varlen
     (VARLEN, {"query": Q}, ValueError, r"`query` must have shape \[total, heads, head_dim\].* got \[2, 6, 4, 8\]"),
-    (VARLEN, {"key": KV, "value": KV}, ValueError, r"`key` must have shape \[total, heads, head_dim\].* got \[2, 7, 2, 8\]"),
+    (VARLEN, {"key": KV, "value": KV}, ValueError, r"`key` .*\[total, heads, head_dim\].* got \[2, 7, 2, 8\]"),
     (VARLEN, {"cu_seqlens_q": OFFSETS_Q * 1.0}, ValueError, "`cu_seqlens_q` must be int32, got float32"),
-    (VARLEN, {"cu_seqlens_q": OFFSETS_Q[None]}, ValueError, r"`cu_seqlens_q` must have shape \[B \+ 1\].* got \[1, 3\]"),
+    (VARLEN, {"cu_seqlens_q": OFFSETS_Q[None]}, ValueError, r"`cu_seqlens_q` .* shape \[B \+ 1\].* got \[1, 3\]"),
     (VARLEN, {"cu_seqlens_q": ints()}, ValueError, r"`cu_seqlens_q` must hold at least one offset .* got shape \[0\]"),
     (VARLEN, {"cu_seqlens_q": None}, ValueError, "`cu_seqlens_q` must be an array, got None"),
-    (VARLEN, {"cu_seqlens_kv": ints(0, 5)}, ValueError, r"`cu_seqlens_kv` must have shape \[B \+ 1\] = \[3\], got \[2\]"),
+    (VARLEN, {"cu_seqlens_kv": ints(0, 5)}, ValueError, r"`cu_seqlens_kv` .*\[B \+ 1\] = \[3\], got \[2\]"),
     (VARLEN, {"max_seqlen_q": None}, ValueError, "`max_seqlen_q` must be a Python int from 0 .* got None"),
     (VARLEN, {"max_seqlen_q": jnp.int32(6)}, ValueError, "`max_seqlen_q` must be a Python int .* known when tracing"),
     (VARLEN, {"max_seqlen_kv": -1}, ValueError, "`max_seqlen_kv` must be a Python int from 0 .* got -1"),
@@ -195,12 +196,12 @@ WRONG = [
     (VARLEN, {"seqused_kv": OFFSETS_Q}, ValueError, r"`seqused_kv` must have shape \[B\] = \[2\], got \[3\]"),
     (VARLEN, {"alibi_slopes": ones(3, 4)}, ValueError, r"`alibi_slopes` must have shape .*\[2, 4\], got \[3, 4\]"),
     # paged_attention
-    (PAGED, dict.fromkeys(("key_pages", "value_pages"), PACKED_KV), ValueError, r"`key_pages` .*\[num_pages, page_size, K, H\]"),
-    (PAGED, dict.fromkeys(("key_pages", "value_pages"), ones(5, 0, 2, 8)), ValueError, "`key_pages` .* page_size of at least 1"),
+    (PAGED, dict.fromkeys(_KV_PAGES, PACKED_KV), ValueError, r"`key_pages` .*page_size, K, H\].* \[12, 2, 8\]"),
+    (PAGED, dict.fromkeys(_KV_PAGES, ones(5, 0, 2, 8)), ValueError, "`key_pages` .* page_size of at least 1"),
     (PAGED, {"value_pages": PAGES[1:]}, ValueError, "key_pages and value_pages must agree"),
     (PAGED, {"query": PACKED_Q}, ValueError, r"`query` .*\[B, T, N, H\] \(without cu_seqlens_q\).* got \[10, 4, 8\]"),
-    (PAGED, {"cu_seqlens_q": OFFSETS_Q, "max_seqlen_q": 6}, ValueError, r"`query` .*\[total_q, N, H\] \(with cu_seqlens_q\)"),
-    (PAGED, {"query": PACKED_Q, "cu_seqlens_q": OFFSETS_Q}, ValueError, "`max_seqlen_q` must be a Python int .* got None"),
+    (PAGED, {"cu_seqlens_q": OFFSETS_Q, "max_seqlen_q": 6}, ValueError, r"`query` .*\[total_q, N, H\] \(with cu_"),
+    (PAGED, {"query": PACKED_Q, "cu_seqlens_q": OFFSETS_Q}, ValueError, "`max_seqlen_q` .* Python int .* got None"),
     (PAGED, {"max_seqlen_q": 6}, ValueError, "`max_seqlen_q` goes with `cu_seqlens_q`"),
     (PAGED, {"page_table": TABLE * 1.0}, ValueError, "`page_table` must be int32, got float32"),
     (PAGED, {"page_table": TABLE[:1]}, ValueError, r"`page_table` must have shape \[B, max_pages\] = .* got \[1, 3\]"),
@@ -221,7 +222,7 @@ WRONG = [
     (FWD, {"p_dropout": 0.1, "philox_seed": uints(1, 2)}, ValueError, "`philox_offset` must be given together"),
     (FWD, {"philox_seed": uints(1, 2), "philox_offset": uints(1)[0], "dropout_key": KEY}, ValueError, "not both"),
     (FWD, {"philox_seed": uints(1), "philox_offset": uints(1)[0]}, ValueError, r"`philox_seed` .*\[2\], got \[1\]"),
-    (FWD, {"philox_seed": ints(1, 2), "philox_offset": uints(1)[0]}, ValueError, "`philox_seed` must be uint32, got int32"),
+    (FWD, {"philox_seed": ints(1, 2), "philox_offset": uints(1)[0]}, ValueError, "`philox_seed` .* uint32, got int32"),
     (FWD, {"philox_seed": uints(1, 2), "philox_offset": 0}, ValueError, "`philox_offset` must be uint32, got int32"),
     (FWD, {"philox_seed": uints(1, 2), "philox_offset": uints(0)}, ValueError, r"`philox_offset` .*\[\], got \[1\]"),
     (FWD, {"return_softmax": 1}, ValueError, "`return_softmax` must be True or False"),
@@ -307,7 +308,7 @@ def test_max_seqlen_must_be_given():
 def test_float64_and_int64(rng):
     """With JAX's 64-bit mode on, what comes from Python and NumPy has 64 bits."""
     with jax.enable_x64(True):
-        with pytest.raises(NotImplementedError, match="`query` has dtype float64; supported are float32.*Cast"):
+        with pytest.raises(NotImplementedError, match=r"`query` has dtype float64; supported are float32.*Cast"):
             flash_attention(*(np.zeros((4, 2, 8)),) * 3)
         with pytest.raises(ValueError, match="`key_value_seq_lengths` must be int32, got int64"):
             flash_attention(Q, KV, KV, key_value_seq_lengths=np.array([3, 4]))
@@ -332,32 +333,30 @@ def with_option(name, x):
 
 
 PAGED_FWD = (flash_api.mha_varlen_fwd, {**_PACKED, **_PAGED})
+MISSING = [
+    ("jvp", with_query(DENSE), FORWARD_MODE),
+    ("jvp", with_query(JAX_NN), FORWARD_MODE),
+    ("jvp", with_query(VARLEN), FORWARD_MODE),
+    ("jvp", with_query(FWD), FORWARD_MODE),
+    ("jvp", with_option("bias", ones(1, 1, 6, 7)), FORWARD_MODE),
+    ("jvp", with_option("sinks", ones(4)), FORWARD_MODE),
+    ("jvp", with_option("alibi_slopes", ones(4)), FORWARD_MODE),
+    ("jacfwd", with_query(DENSE), FORWARD_MODE),
+    ("linearize", with_query(DENSE), FORWARD_MODE),
+    ("grad_of_grad", with_query(DENSE), TWICE),
+    ("grad_of_grad", with_query(VARLEN), TWICE),
+    ("jvp_of_grad", with_query(DENSE), TWICE),
+    ("hessian", with_query(DENSE), TWICE),
+    ("grad", with_query(BWD), TWICE),
+    ("grad", with_query(VARLEN_BWD), TWICE),
+    ("grad", with_query(PAGED), PAGED_GRADIENT),
+    ("jvp", with_query(PAGED), PAGED_GRADIENT),
+    ("grad", with_query(PAGED_FWD), PAGED_GRADIENT),
+]
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize(
-    "transform, function, message",
-    [
-        ("jvp", with_query(DENSE), FORWARD_MODE),
-        ("jvp", with_query(JAX_NN), FORWARD_MODE),
-        ("jvp", with_query(VARLEN), FORWARD_MODE),
-        ("jvp", with_query(FWD), FORWARD_MODE),
-        ("jvp", with_option("bias", ones(1, 1, 6, 7)), FORWARD_MODE),
-        ("jvp", with_option("sinks", ones(4)), FORWARD_MODE),
-        ("jvp", with_option("alibi_slopes", ones(4)), FORWARD_MODE),
-        ("jacfwd", with_query(DENSE), FORWARD_MODE),
-        ("linearize", with_query(DENSE), FORWARD_MODE),
-        ("grad of grad", with_query(DENSE), TWICE),
-        ("grad of grad", with_query(VARLEN), TWICE),
-        ("jvp of grad", with_query(DENSE), TWICE),
-        ("hessian", with_query(DENSE), TWICE),
-        ("grad", with_query(BWD), TWICE),
-        ("grad", with_query(VARLEN_BWD), TWICE),
-        ("grad", with_query(PAGED), PAGED_GRADIENT),
-        ("jvp", with_query(PAGED), PAGED_GRADIENT),
-        ("grad", with_query(PAGED_FWD), PAGED_GRADIENT),
-    ],
-)
+@pytest.mark.parametrize("transform, function, message", MISSING, ids=[f"{m[0]}{i}" for i, m in enumerate(MISSING)])
 def test_missing_derivatives(transform, function, message, jit):
     function, x = function
     transforms = {
@@ -365,8 +364,8 @@ def test_missing_derivatives(transform, function, message, jit):
         "jvp": lambda x: jax.jvp(function, (x,), (x,)),
         "jacfwd": jax.jacfwd(function),
         "linearize": lambda x: jax.linearize(function, x)[1](x),
-        "grad of grad": jax.grad(lambda x: jax.grad(function)(x).sum()),
-        "jvp of grad": lambda x: jax.jvp(jax.grad(function), (x,), (x,)),
+        "grad_of_grad": jax.grad(lambda x: jax.grad(function)(x).sum()),
+        "jvp_of_grad": lambda x: jax.jvp(jax.grad(function), (x,), (x,)),
         "hessian": jax.hessian(function),
     }
     run = transforms[transform]

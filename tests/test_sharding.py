@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from conftest import assert_close, assert_equal
+from conftest import assert_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_flash import flash_api, flash_attention, flash_attention_varlen, paged_attention
 
 Arrays = dict[str, jax.Array]
+
+HEADS = P("data", None, "model")
+BATCH = P("data")
+ALL_BATCH = P(("data", "model"))
+ALL_HEADS = P(None, None, ("data", "model"))
+WHOLE = P()
 
 
 def make_mesh(axis_type: AxisType):
@@ -28,16 +34,25 @@ def auto_mesh():
     return make_mesh(AxisType.Auto)
 
 
-@pytest.fixture
-def explicit_mesh():
-    mesh = make_mesh(AxisType.Explicit)
-    with jax.set_mesh(mesh):
-        yield mesh
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    return make_mesh(request.param)
 
 
-def place(mesh, operands: Arrays, specs: dict[str, P]) -> Arrays:
-    """Operands without a spec are on every device."""
-    return {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in operands.items()}
+def is_explicit(mesh) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+def within(mesh):
+    """Arrays over Explicit axes need the mesh as context; arrays over Auto axes bring it along."""
+    return jax.set_mesh(mesh) if is_explicit(mesh) else contextlib.nullcontext()
+
+
+def place(mesh, operands, specs):
+    """A tree of arrays, or a dict of which those without a spec are on every device."""
+    if isinstance(operands, dict):
+        specs = {n: specs.get(n, WHOLE) for n in operands}
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), operands, specs)
 
 
 def collectives(compiled) -> dict[str, int]:
@@ -45,7 +60,15 @@ def collectives(compiled) -> dict[str, int]:
     return dict(collections.Counter(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text())))
 
 
-# Functions of operands by name. Each appears here once, so that its unsharded results are compiled once per shape.
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+def named(arrays) -> Arrays:
+    return dict(zip(("query", "key", "value"), arrays, strict=True))
+
+
+# Functions of operands by name. They are the same objects in all tests, so that each unsharded program is compiled once.
 
 
 def causal(operands: Arrays):
@@ -57,11 +80,16 @@ def full(operands: Arrays):
 
 
 def dropout(operands: Arrays):
-    return flash_attention(**operands, dropout_rate=0.4)
+    return flash_attention(**operands, dropout_rate=0.4, is_causal=True)
 
 
 def varlen(operands: Arrays):
-    return flash_attention_varlen(**operands, max_seqlen_q=12, max_seqlen_kv=16, is_causal=True)
+    rate = 0.4 if "dropout_key" in operands else 0.0
+    return flash_attention_varlen(**operands, max_seqlen_q=12, max_seqlen_kv=16, is_causal=True, dropout_rate=rate)
+
+
+def paged(operands: Arrays):
+    return paged_attention(**operands, max_seqlen_q=5 if "cu_seqlens_q" in operands else None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,24 +105,21 @@ def with_gradients(call, operands: Arrays):
     return out, pull_back(jnp.cos(out))[0]
 
 
-def check(call, operands: Arrays, mesh, specs: dict[str, P], backward_collectives=None):
+def check(call, operands: Arrays, mesh, specs: dict[str, P], backward_collectives=None) -> None:
     """Sharded equals unsharded; forwards there is no communication, backwards only what is expected."""
     expected = with_gradients(call, operands)
-    placed = place(mesh, operands, specs)
-    compiled = with_gradients.lower(call, placed).compile()
-    assert_close(compiled(placed), expected)
-    assert collectives(compiled) == (backward_collectives or {})
-    if backward_collectives:
-        assert collectives(forward.lower(call, placed).compile()) == {}
-
-
-def named(arrays) -> Arrays:
-    return dict(zip(("query", "key", "value"), arrays, strict=True))
-
-
-HEADS = P("data", None, "model")
-BATCH = P("data")
-ALL_BATCH = P(("data", "model"))
+    with within(mesh):
+        placed = place(mesh, operands, specs)
+        compiled = with_gradients.lower(call, placed).compile()
+        actual = compiled(placed)
+        assert_close(actual, expected)
+        assert collectives(compiled) == (backward_collectives or {})
+        if backward_collectives:
+            assert collectives(forward.lower(call, placed).compile()) == {}
+        if is_explicit(mesh):
+            out, grads = jax.eval_shape(functools.partial(with_gradients, call), placed)
+            assert out.sharding.spec == jax.typeof(placed["query"]).sharding.spec
+            assert {n: g.sharding for n, g in grads.items()} == {n: types(placed)[n].sharding for n in grads}
 
 
 @pytest.mark.parametrize(
@@ -102,61 +127,317 @@ ALL_BATCH = P(("data", "model"))
     [
         (8, 8, HEADS, HEADS, {}),
         (8, 4, HEADS, HEADS, {}),
-        (8, 8, BATCH, BATCH, {}),
         (8, 2, BATCH, BATCH, {}),
         (6, 2, BATCH, BATCH, {}),
         (8, 8, ALL_BATCH, ALL_BATCH, {}),
         (6, 2, ALL_BATCH, ALL_BATCH, {}),
-        (8, 8, P(None, None, ("data", "model")), P(None, None, ("data", "model")), {}),
+        (8, 8, ALL_HEADS, ALL_HEADS, {}),
         (6, 2, P("model", None, "data"), P("model", None, "data"), {}),
-        (8, 8, HEADS, BATCH, {}),
         # Fewer key/value heads than devices: each device has a part of their gradient.
         (8, 2, HEADS, BATCH, {"all-reduce": 1}),
         (8, 1, HEADS, BATCH, {"all-reduce": 1}),
-        (8, 2, P("data", None, "model"), P("data", None, None), {"all-reduce": 1}),
-        # The gradients of whole keys and values, each device having worked on some heads.
-        (8, 4, HEADS, BATCH, {"all-gather": 2}),
+        (8, 1, ALL_HEADS, WHOLE, {"all-reduce": 1}),
     ],
 )
-def test_batch_and_heads_need_no_communication(
-    rng, auto_mesh, heads, heads_kv, query_spec, kv_spec, backward_collectives
-):
+def test_batch_and_heads(rng, mesh, heads, heads_kv, query_spec, kv_spec, backward_collectives):
     operands = named(rng.qkv(8, 6, 9, heads, heads_kv, 8))
-    specs = {"query": query_spec, "key": kv_spec, "value": kv_spec}
-    check(causal, operands, auto_mesh, specs, backward_collectives)
+    check(causal, operands, mesh, {"query": query_spec, "key": kv_spec, "value": kv_spec}, backward_collectives)
 
 
 OPTIONS = {
-    "lengths": (lambda rng: {"query_seq_lengths": rng.integers(1, 6, 4), "key_value_seq_lengths": rng.integers(0, 9, 4)}, {"query_seq_lengths": BATCH, "key_value_seq_lengths": BATCH}, {}),
+    "lengths": (("query_seq_lengths", BATCH, (4,)), ("key_value_seq_lengths", BATCH, (4,))),
+    "lengths, whole": (("query_seq_lengths", WHOLE, (4,)), ("key_value_seq_lengths", WHOLE, (4,))),
+    "segment ids": (("query_segment_ids", BATCH, (4, 6)), ("key_value_segment_ids", BATCH, (4, 9))),
+    "mask": (("mask", P("data", "model"), (4, 8, 6, 9)),),
+    "mask, shared": (("mask", WHOLE, (1, 1, 6, 9)),),
+    "alibi": (("alibi_slopes", P("model"), (8,)),),
+    "alibi, by batch": (("alibi_slopes", P("data", "model"), (4, 8)),),
+    "bias": (("bias", P("data", "model"), (4, 8, 6, 9)),),
+    "bias, shared by the batch": (("bias", P(None, "model"), (1, 8, 6, 9)),),
+    "bias, shared by heads": (("bias", P("data"), (4, 1, 1, 9)),),
+    "bias, shared by all": (("bias", WHOLE, (1, 1, 6, 9)),),
+    "sinks": (("sinks", P("model"), (8,)),),
 }
 
 
-def test_probe(rng, auto_mesh):
-    base = named(rng.qkv(4, 6, 9, 8, 4, 8))
-    specs = dict.fromkeys(base, HEADS)
-    cases = {
-     "lengths": ({"query_seq_lengths": rng.integers(1, 6, 4), "key_value_seq_lengths": rng.integers(0, 9, 4)}, {"query_seq_lengths": BATCH, "key_value_seq_lengths": BATCH}),
-     "lengths_repl": ({"query_seq_lengths": rng.integers(1, 6, 4), "key_value_seq_lengths": rng.integers(0, 9, 4)}, {}),
-     "seg": ({"query_segment_ids": rng.integers(0, 1, 4, 6), "key_value_segment_ids": rng.integers(0, 1, 4, 9)}, {"query_segment_ids": BATCH, "key_value_segment_ids": BATCH}),
-     "mask_full": ({"mask": rng.bernoulli(4, 8, 6, 9)}, {"mask": P("data", "model")}),
-     "mask_shared": ({"mask": rng.bernoulli(1, 1, 6, 9)}, {}),
-     "alibi": ({"alibi_slopes": rng.normal(8)}, {"alibi_slopes": P("model")}),
-     "alibiB": ({"alibi_slopes": rng.normal(4, 8)}, {"alibi_slopes": P("data", "model")}),
-     "alibi_repl": ({"alibi_slopes": rng.normal(8)}, {}),
-     "sinks": ({"sinks": rng.normal(8)}, {"sinks": P("model")}),
-     "sinks_repl": ({"sinks": rng.normal(8)}, {}),
-     "bias_full": ({"bias": rng.normal(4, 8, 6, 9)}, {"bias": P("data", "model")}),
-     "bias_heads": ({"bias": rng.normal(1, 8, 6, 9)}, {"bias": P(None, "model")}),
-     "bias_batch": ({"bias": rng.normal(4, 1, 6, 9)}, {"bias": P("data")}),
-     "bias_one": ({"bias": rng.normal(1, 1, 1, 9)}, {}),
-     "bias_repl": ({"bias": rng.normal(4, 8, 6, 9)}, {}),
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(rng, mesh, option):
+    """The gradient of what the batch or the heads share is summed over them; the rest needs nothing."""
+    operands, specs = named(rng.qkv(4, 6, 9, 8, 4, 8)), dict.fromkeys(("query", "key", "value"), HEADS)
+    for name, spec, shape in OPTIONS[option]:
+        specs[name] = spec
+        if name == "mask":
+            operands[name] = rng.bernoulli(*shape, p=0.7)
+        elif name in ("bias", "sinks", "alibi_slopes"):
+            operands[name] = rng.normal(*shape)
+        else:
+            operands[name] = rng.integers(0, 6, *shape)
+    shared = option.startswith(("bias, shared", "sinks"))
+    check(full, operands, mesh, specs, {"all-reduce": 1} if shared else {})
+
+
+@pytest.mark.parametrize(("heads_kv", "kv_spec"), [(4, HEADS), (2, BATCH)])
+def test_dropout_does_not_depend_on_the_sharding(rng, mesh, heads_kv, kv_spec):
+    operands = named(rng.qkv(4, 6, 9, 8, heads_kv, 8)) | {"dropout_key": jax.random.key(3)}
+    specs = {"query": HEADS, "key": kv_spec, "value": kv_spec}
+    check(dropout, operands, mesh, specs, {"all-reduce": 1} if heads_kv == 2 else {})
+
+
+def test_varlen(rng, mesh):
+    operands = named((rng.normal(12, 8, 8), rng.normal(16, 4, 8), rng.normal(16, 4, 8))) | {
+        "cu_seqlens_q": jnp.int32([0, 5, 5, 12]),
+        "cu_seqlens_kv": jnp.int32([0, 4, 9, 16]),
+        "alibi_slopes": rng.normal(8),
+        "sinks": rng.normal(8),
+        "dropout_key": jax.random.key(3),
     }
-    for name, (more, sp) in cases.items():
-        ops, spp = base | more, specs | sp
-        expected = with_gradients(full, ops)
-        placed = place(auto_mesh, ops, spp)
-        f = forward.lower(full, placed).compile()
-        c = with_gradients.lower(full, placed).compile()
-        try: assert_close(c(placed), expected); ok = "ok"
-        except AssertionError as e: ok = str(e)
-        print(name, ok, collectives(f), collectives(c))
+    check(varlen, operands, mesh, dict.fromkeys(("query", "key", "value"), P(None, "model")) | {"sinks": P("model")})
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_paged(rng, mesh, is_packed):
+    pages, table = P(None, None, "model"), WHOLE if is_packed else BATCH
+    operands = {
+        "query": rng.normal(12, 8, 8) if is_packed else rng.normal(4, 3, 8, 8),
+        "key_pages": rng.normal(7, 4, 4, 8),
+        "value_pages": rng.normal(7, 4, 4, 8),
+        "page_table": rng.integers(0, 6, 4, 3),
+        "key_value_seq_lengths": jnp.int32([12, 5, 3, 7]),
+    } | ({"cu_seqlens_q": jnp.int32([0, 5, 5, 8, 12])} if is_packed else {})
+    query_spec = P(None, "model") if is_packed else HEADS
+    specs = {"query": query_spec, "key_pages": pages, "value_pages": pages}
+    expected = forward(paged, operands)
+    with within(mesh):
+        placed = place(mesh, operands, specs | {"page_table": table, "key_value_seq_lengths": table})
+        compiled = forward.lower(paged, placed).compile()
+        assert_close(compiled(placed), expected)
+        assert collectives(compiled) == {}
+        assert not is_explicit(mesh) or jax.typeof(forward(paged, placed)).sharding.spec == P(*query_spec, None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "query_spec", "kv_spec"),
+    [
+        (8, 4, P("data", "model"), P("data", "model")),  # the sequence
+        (8, 4, HEADS, P("data", "model")),
+        (12, 3, HEADS, BATCH),  # a device's three query heads need two of the key heads
+        (8, 8, HEADS, WHOLE),
+        (8, 4, WHOLE, HEADS),
+        (8, 4, BATCH, HEADS),
+        (8, 8, HEADS, P("model", None, "data")),
+        (8, 8, P(None, None, None, "model"), P(None, None, None, "model")),  # the head dim
+    ],
+)
+def test_other_shardings_are_right_too(rng, mesh, heads, heads_kv, query_spec, kv_spec):
+    """With whatever communication it takes."""
+    operands = named(rng.qkv(4, 8, 8, heads, heads_kv, 8))
+    expected = with_gradients(causal, operands)
+    with within(mesh):
+        placed = place(mesh, operands, {"query": query_spec, "key": kv_spec, "value": kv_spec})
+        assert all(len(x.addressable_shards) == 8 for x in placed.values())
+        out, grads = with_gradients(causal, placed)
+        assert_close((out, grads), expected)
+        assert not is_explicit(mesh) or types(grads) == types(placed)
+
+
+def test_sharded_sequences_are_gathered(rng, auto_mesh):
+    operands = named(rng.qkv(4, 8, 8))
+    placed = place(auto_mesh, operands, dict.fromkeys(operands, P("data", "model")))
+    assert collectives(forward.lower(causal, placed).compile()) == {"all-gather": 3}
+
+
+def test_eager(rng, mesh):
+    operands = named(rng.qkv(2, 6, 9, 8, 4, 8))
+    expected = with_gradients(causal, operands)
+    with within(mesh):
+        placed = place(mesh, operands, dict.fromkeys(operands, HEADS))
+        out, pull_back = jax.vjp(causal, placed)
+        assert_close((out, pull_back(jnp.cos(out))[0]), expected)
+        assert not is_explicit(mesh) or jax.typeof(out) == jax.typeof(placed["query"])
+
+
+@pytest.mark.parametrize("mapped_axis", [None, "data"])
+@pytest.mark.parametrize("shared", [(), ("key", "value")])
+def test_vmap(rng, mesh, mapped_axis, shared):
+    """The mapped axis may itself be sharded; gradients inside and outside of the map."""
+    operands = named(rng.qkv((2, 2), 6, 9, 8, 4, 8)) | {"dropout_key": jax.random.key(3)}
+    operands = {n: x[0] if n in shared else x for n, x in operands.items()}
+    axes = ({n: None if n in (*shared, "dropout_key") else 0 for n in operands},)
+    batch = None if mapped_axis else "data"
+    one, stacked = P(batch, None, "model"), P(mapped_axis, batch, None, "model")
+    specs = {n: one if n in shared else stacked for n in ("query", "key", "value")}
+
+    def inside(operands: Arrays):
+        return jax.vmap(functools.partial(with_gradients, dropout), axes)(operands)
+
+    def outside(operands: Arrays):
+        return with_gradients(jax.vmap(dropout, axes), operands)
+
+    for function in (inside, outside):
+        expected = function(operands)
+        with within(mesh):
+            placed = place(mesh, operands, specs)
+            compiled = jax.jit(function).lower(placed).compile()
+            actual = compiled(placed)
+            assert_close(actual, expected)
+            if not shared:
+                assert collectives(compiled) == {}
+            if is_explicit(mesh):
+                assert jax.typeof(function(placed)[0]) == jax.typeof(placed["query"])
+
+
+def scan_with_remat(operands: Arrays):
+    """Two layers that share key and value; all of dropout's key, lengths and sinks go in as constants."""
+
+    @jax.checkpoint
+    def layer(x, _):
+        return x + dropout(operands | {"query": x}), None
+
+    return jax.lax.scan(layer, operands["query"], length=2)[0]
+
+
+def test_scan_with_remat(rng, mesh):
+    operands = named(rng.qkv(2, 6, 9, 8, 4, 8)) | {
+        "dropout_key": jax.random.key(3),
+        "key_value_seq_lengths": jnp.int32([9, 4]),
+        "sinks": rng.normal(8),
+    }
+    specs = dict.fromkeys(("query", "key", "value"), HEADS) | {"sinks": P("model"), "key_value_seq_lengths": BATCH}
+    check(scan_with_remat, operands, mesh, specs, {"all-reduce": 1})
+
+
+def test_flash_api(rng, mesh):
+    @jax.jit
+    def forward_and_backward(q, k, v, key):
+        options = {"p_dropout": 0.3, "is_causal": True}
+        fwd = flash_api.mha_fwd(q, k, v, **options, dropout_key=key, return_softmax=True)
+        state = {"philox_seed": fwd.philox_seed, "philox_offset": fwd.philox_offset}
+        return fwd, flash_api.mha_bwd(jnp.cos(fwd.out), q, k, v, fwd.out, fwd.softmax_lse, **options, **state)
+
+    args, key = rng.qkv(2, 6, 9, 8, 4, 8), jax.random.key(3)
+    expected = forward_and_backward(*args, key)
+    with within(mesh):
+        placed = place(mesh, args, (HEADS,) * 3)
+        compiled = forward_and_backward.lower(*placed, key).compile()
+        assert_close(compiled(*placed, key), expected)
+        assert collectives(compiled) == {}
+        if is_explicit(mesh):
+            fwd, bwd = forward_and_backward(*placed, key)
+            assert types((fwd.out, bwd.dq, bwd.dk, bwd.dv)) == types((placed[0], *placed))
+            assert (
+                types(fwd.softmax_lse).sharding.spec == types(bwd.softmax_d).sharding.spec == P("data", "model", None)
+            )
+            assert types(fwd.S_dmask).sharding.spec == P("data", "model", None, None)
+
+
+# In a shard_map every array is local. Gradients of what devices share are summed by shard_map itself, outside of our
+# calls, or inside if check_vma tells it what is shared.
+
+
+@pytest.fixture(params=[True, False], ids=["check_vma", "no check_vma"])
+def check_vma(request) -> bool:
+    return request.param
+
+
+def pulled_back(function):
+    """The result and its gradients, as ``with_gradients`` but by position."""
+
+    def out_and_gradients(*args):
+        out, pull_back = jax.vjp(function, *args)
+        return out, pull_back(jnp.cos(out))
+
+    return out_and_gradients
+
+
+def biased(q, k, v, bias, sinks):
+    return flash_attention(q, k, v, bias=bias, sinks=sinks)
+
+
+unsharded_biased = jax.jit(pulled_back(biased))
+
+
+def test_shard_map(rng, mesh, check_vma):
+    """Bias and sinks are replicated over "data", whose parts of their gradients are summed."""
+    args = *rng.qkv(2, 6, 9, 8, 4, 8), rng.normal(1, 8, 6, 9), rng.normal(8)
+    specs = (HEADS, HEADS, HEADS, P(None, "model"), P("model"))
+    expected = unsharded_biased(*args)
+    mapped = jax.shard_map(biased, mesh=mesh, in_specs=specs, out_specs=HEADS, check_vma=check_vma)
+    with within(mesh):
+        placed = place(mesh, args, specs)
+        assert_close(mapped(*placed), expected[0])
+        compiled = jax.jit(pulled_back(mapped)).lower(*placed).compile()
+        assert_close(compiled(*placed), expected)
+        assert collectives(compiled).keys() == {"all-reduce"}
+
+
+@pytest.mark.parametrize("gradient", ["inside", "outside"])
+def test_shard_map_over_queries(rng, mesh, check_vma, gradient):
+    """Each device has some rows of the queries and all keys: dk and dv are sums over devices."""
+
+    def attend(q, k, v):
+        return flash_attention(q, k, v)
+
+    def local(q, k, v):
+        out, (dq, dk, dv) = pulled_back(attend)(q, k, v)
+        if not check_vma:
+            dk, dv = jax.lax.psum((dk, dv), ("data", "model"))
+        return out, (dq, dk, dv)
+
+    args = rng.qkv(1, 16, 9, 2, 1, 8)
+    rows = P(None, ("data", "model"))
+    shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, WHOLE, WHOLE), check_vma=check_vma)
+    if gradient == "inside":
+        mapped = shard(local, out_specs=(rows, (rows, WHOLE, WHOLE)))
+    else:
+        mapped = pulled_back(shard(attend, out_specs=rows))
+    expected = jax.jit(pulled_back(attend))(*args)
+    with within(mesh):
+        assert_close(jax.jit(mapped)(*place(mesh, args, (rows, WHOLE, WHOLE))), expected)
+
+
+@pytest.mark.parametrize("vmap", ["inside", "outside"])
+def test_shard_map_and_vmap(rng, mesh, check_vma, vmap):
+    def attend(q, k, v):
+        return flash_attention(q, k, v, is_causal=True)
+
+    args = rng.normal(2, 2, 6, 8, 8), rng.normal(2, 9, 4, 8), rng.normal(2, 9, 4, 8)
+    map_examples = functools.partial(jax.vmap, in_axes=(0, None, None))
+    stacked = P(None, *HEADS)
+    shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
+    if vmap == "inside":
+        mapped = shard(map_examples(attend), in_specs=(stacked, HEADS, HEADS), out_specs=stacked)
+    else:
+        mapped = map_examples(shard(attend, in_specs=(HEADS,) * 3, out_specs=HEADS))
+    expected = jax.jit(pulled_back(map_examples(attend)))(*args)
+    with within(mesh):
+        assert_close(jax.jit(pulled_back(mapped))(*place(mesh, args, (stacked, HEADS, HEADS))), expected)
+
+
+@pytest.mark.parametrize("manual", ["data", "model"])
+def test_shard_map_over_one_axis(rng, mesh, check_vma, manual):
+    """The other axis stays Auto or Explicit and is sharded too."""
+    operands = named(rng.qkv(2, 6, 9, 8, 4, 8))
+    spec = P(*(axis if axis == manual else None for axis in HEADS))
+    mapped = jax.shard_map(
+        causal, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={manual}, check_vma=check_vma
+    )  # fmt: skip
+    expected = with_gradients(causal, operands)
+    with within(mesh):
+        assert_close(with_gradients(mapped, place(mesh, operands, dict.fromkeys(operands, HEADS))), expected)
+
+
+def test_shard_map_with_a_dropout_key_of_its_own_per_device(rng, mesh, check_vma):
+    def attend(q, k, v, key):
+        return flash_attention(q, k, v, dropout_rate=0.4, dropout_key=key)
+
+    def local(q, k, v, key):
+        return attend(q, k, v, jax.random.fold_in(key, jax.lax.axis_index("data")))
+
+    args, key = rng.qkv(2, 6, 9), jax.random.key(3)
+    keys = [jax.random.fold_in(key, i) for i in range(2)]
+    expected = [attend(*(x[i : i + 1] for x in args), k) for i, k in enumerate(keys)]
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(BATCH, BATCH, BATCH, WHOLE), out_specs=BATCH, check_vma=check_vma
+    )
+    with within(mesh):
+        assert_close(jax.jit(mapped)(*place(mesh, args, (BATCH,) * 3), key), jnp.concatenate(expected))

@@ -42,8 +42,7 @@ struct Axis {
 // of what is expected.
 class Decoder {
  public:
-  Decoder(const Attrs& attrs, xf::RemainingArgs args, xf::RemainingRets rets)
-      : attrs_(attrs), args_(args), rets_(rets) {
+  Decoder(const Attrs& attrs, xf::RemainingArgs args, xf::RemainingRets rets) : args_(args), rets_(rets) {
     int32 next = 0;
     for (int32 i = 0; i < int32(Operand::kCount); ++i) index_[i] = attrs.operands >> i & 1 ? next++ : -1;
     if (size_t(next) != args.size())
@@ -151,7 +150,6 @@ class Decoder {
 
   inline static float view_of_nothing_ = 0;
 
-  Attrs attrs_;
   xf::RemainingArgs args_;
   xf::RemainingRets rets_;
   std::array<int32, size_t(Operand::kCount)> index_;
