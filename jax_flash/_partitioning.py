@@ -35,6 +35,10 @@ def _labels(axes: str, shape: tuple[int, ...]) -> Labels:
     return tuple(None if size == 1 and b else a for a, b, size in zip(labels, broadcasts, shape, strict=True))
 
 
+def _may_be_divided(label: str | None) -> bool:
+    return label is not None and (label.startswith("b") or label in ("N", "K"))
+
+
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -43,43 +47,45 @@ def _mesh_axes(entry: Any) -> tuple[str, ...]:
 class _Division:
     """Which mesh axes divide which labelled axis, for the operands of one call.
 
-    ``specs`` are the operands' present shardings (tuples as in PartitionSpec, one entry per axis). The query's are
-    followed; key heads go with it where their number allows. Where there are fewer key heads than parts, each device
-    takes the one key head that its query heads share (``slices_kv``).
+    The query's present sharding is followed, and the others' where the query leaves an axis undivided. Key heads go
+    with query heads where their number allows. Where there are fewer key heads than parts, each device takes the one
+    key head that its query heads share (``slices_kv``); where that does not work out either, heads are not divided.
+
+    Args:
+      mesh_sizes: size of each mesh axis.
+      shapes: the operands' global shapes, by name.
+      specs: their present shardings, as tuples of PartitionSpec entries, one per axis.
     """
 
-    def __init__(
-        self, sizes: dict[str, int], shapes: dict[str, tuple], specs: dict[str, tuple], names: tuple[str, ...]
-    ):
-        self.names = names
+    def __init__(self, mesh_sizes: dict[str, int], shapes: dict[str, tuple], specs: dict[str, tuple]):
+        names = tuple(shapes)
         self.labels = {name: _labels(operand_axes(name, names), shapes[name]) for name in names}
+        self.divided = self._present(specs)
+
+        num_heads, num_heads_kv = (shapes[n][self.labels[n].index(x)] for n, x in (("query", "N"), ("key", "K")))
+        heads = heads_kv = self.divided.get("N", self.divided.get("K"))
+        parts = math.prod(mesh_sizes[axis] for axis in _mesh_axes(heads))
+        self.group = num_heads // num_heads_kv
+        self.slices_kv = False
+        if num_heads % parts:
+            heads = heads_kv = None
+        elif num_heads_kv % parts:
+            heads_kv = None
+            self.slices_kv = self.group % (num_heads // parts) == 0
+            heads = heads if self.slices_kv else None
+        self.divided["N"], self.divided["K"] = heads, heads_kv
+
+    def _present(self, specs: dict[str, tuple]) -> dict[str | None, Any]:
+        """Batch and head labels with the PartitionSpec entry that divides them, each mesh axis used once."""
         divided: dict[str | None, Any] = {}
         taken: set[str] = set()
-        for name in ("query", *names):  # the query first: what it does not divide, others may
+        for name in ("query", *specs):  # the query first
             for label, entry in zip(self.labels[name], specs[name], strict=True):
                 axes = _mesh_axes(entry)
-                is_free = label not in divided and taken.isdisjoint(axes)
-                if axes and is_free and label is not None and (label[0] == "b" or label in "NK"):
+                if axes and _may_be_divided(label) and label not in divided and taken.isdisjoint(axes):
                     divided[label] = entry
                     taken.update(axes)
-        num_heads, num_heads_kv = self._size("query", "N", shapes), self._size("key", "K", shapes)
-        heads = divided.pop("K", None) if "N" not in divided else divided.get("N")
-        self.kv_parts = math.prod(sizes[a] for a in _mesh_axes(heads))
-        group = num_heads // max(num_heads_kv, 1)
-        self.slices_kv = False
-        divided["N"] = divided["K"] = heads
-        if num_heads % self.kv_parts:
-            divided["N"] = divided["K"] = None
-        elif num_heads_kv % self.kv_parts:
-            divided["K"] = None
-            self.slices_kv = group % (num_heads // self.kv_parts) == 0
-            if not self.slices_kv:
-                divided["N"] = None
-        self.divided = divided
-        self.group = group
-
-    def _size(self, name: str, label: str, shapes: dict[str, tuple]) -> int:
-        return shapes[name][self.labels[name].index(label)]
+        return divided
 
     def spec(self, labels: Labels) -> PartitionSpec:
         return PartitionSpec(*(self.divided.get(label) for label in labels))
@@ -149,7 +155,7 @@ def partitioned(call: Callable, attrs: Attrs, names: tuple[str, ...], is_forward
             name = f"one{len(factors)}" if label is None else "n" if label == "K" and same_heads else label.lower()
             if name not in factors:
                 factors.append(name)
-                if label is None or not (label[0] == "b" or label in "NK"):
+                if not _may_be_divided(label):
                     whole.append(name)
             return name
 
@@ -162,7 +168,7 @@ def partitioned(call: Callable, attrs: Attrs, names: tuple[str, ...], is_forward
     def partition(mesh, operand_types, result_types):
         shapes = {n: tuple(t.shape) for n, t in zip(names, operand_types, strict=True)}
         specs = {n: _spec_of(t.sharding, len(t.shape)) for n, t in zip(names, operand_types, strict=True)}
-        division = _Division(dict(mesh.shape), shapes, specs, names)
+        division = _Division(dict(mesh.shape), shapes, specs)
 
         def local_call(*arrays):
             operands = dict(zip(names, arrays, strict=True))
@@ -202,7 +208,7 @@ def in_explicit_mesh(call: Callable[[Arrays], Arrays], operands: Arrays, result_
         return call(operands)
     shapes = {name: x.shape for name, x in operands.items()}
     specs = {name: _spec_of(jax.typeof(x).sharding, x.ndim) for name, x in operands.items()}
-    division = _Division(dict(mesh.shape), shapes, specs, tuple(operands))
+    division = _Division(dict(mesh.shape), shapes, specs)
     wanted = {name: division.spec(labels) for name, labels in division.labels.items()}
     moved = {
         name: x if specs[name] == tuple(wanted[name]) else jax.sharding.reshard(x, wanted[name])
