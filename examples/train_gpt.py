@@ -5,19 +5,21 @@ step, data parallelism over all devices that JAX finds, a validation loss, mixed
 with a key/value cache. At the end the same step is timed with our attention and with XLA's, from the same weights and
 on the same batches, and the script fails if their losses differ.
 
-    python examples/train_gpt.py            # two CPU cores: two to three minutes
+    python examples/train_gpt.py            # on two CPU cores: one to three minutes
     python examples/train_gpt.py --help     # larger ones
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import statistics
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,32 +32,41 @@ from matplotlib.figure import Figure
 from jax_flash.nnx import SelfAttention
 
 VOCABULARY = 256  # bytes
+LOCAL_WINDOW = 8  # bytes back that every other block sees: a short way learns spelling much sooner than a long one
 PROMPT = "def "
-DEFAULTS = {
-    "cpu": {"steps": 300, "seq_len": 512, "width": 128, "layers": 3, "heads": 4, "batch": 4, "dtype": "float32"},
-    "gpu": {"steps": 1000, "seq_len": 2048, "width": 768, "layers": 8, "heads": 12, "batch": 16, "dtype": "bfloat16"},
+DEFAULTS = {  # (on the CPU, on GPUs)
+    "steps": (1300, 1500),
+    "seq_len": (512, 2048),
+    "batch": (2, 16),
+    "width": (96, 768),
+    "layers": (3, 8),
+    "heads": (3, 12),
+    "dtype": ("float32", "bfloat16"),
+    "lr": (6e-3, 1e-3),
 }
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, **_) -> jax.Array:
-    """What we compare with, as an ``attention_fn`` of Flax's own layer. All arrays are ``[B, T, N, H]``."""
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
+def make_attention(kind: str, width: int, heads: int, window: int | None, **options) -> Any:
+    """Causal self-attention by "jax_flash", or to compare by "xla"; the parameters' names and shapes are the same."""
+    if kind == "jax_flash":
+        return SelfAttention(heads, width, is_causal=True, local_window_size=window, **options)
+
+    def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, **_) -> jax.Array:
+        mask = {"is_causal": True, "local_window_size": None if window is None else (window, 0)}
+        return jax.nn.dot_product_attention(query, key, value, implementation="xla", **mask)
+
+    return nnx.MultiHeadAttention(heads, width, attention_fn=xla_attention, decode=False, **options)
 
 
 class Block(nnx.Module):
     """Attention and a two-layer perceptron, each added to the residual stream ``[B, T, width]``."""
 
-    def __init__(self, width: int, heads: int, *, attention: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, attention: str, width: int, heads: int, window: int | None, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm1 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        if attention == "jax_flash":
-            self.attention = SelfAttention(heads, width, is_causal=True, dtype=dtype, rngs=rngs)
-        else:  # Flax's layer has parameters of the same names and shapes.
-            self.attention = nnx.MultiHeadAttention(
-                heads, width, decode=False, attention_fn=xla_attention, dtype=dtype, rngs=rngs
-            )
+        self.attention = make_attention(attention, width, heads, window, dtype=dtype, rngs=rngs)
         self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
@@ -81,9 +92,8 @@ class GPT(nnx.Module):
         init = nnx.initializers.normal(1.0)
         self.token = nnx.Embed(VOCABULARY, args.width, dtype=dtype, embedding_init=init, rngs=rngs)
         self.position = nnx.Embed(args.seq_len, args.width, dtype=dtype, embedding_init=sinusoids, rngs=rngs)
-        self.blocks = nnx.List(
-            [Block(args.width, args.heads, attention=attention, dtype=dtype, rngs=rngs) for _ in range(args.layers)]
-        )
+        windows = [None if layer % 2 else LOCAL_WINDOW for layer in range(args.layers)]
+        self.blocks = nnx.List([Block(attention, args.width, args.heads, window, dtype, rngs) for window in windows])
         self.norm = nnx.RMSNorm(args.width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
             args.width, VOCABULARY, use_bias=False, dtype=dtype, kernel_init=nnx.initializers.normal(0.02), rngs=rngs
@@ -110,7 +120,8 @@ def load_corpus() -> tuple[np.ndarray, np.ndarray]:
     if sum(map(len, texts)) < 1_000_000:
         sys.exit(f"train_gpt: expected at least 1 MB of Python source files in {root}, found {len(texts)} files.")
     held_out = max(1, len(texts) // 20)
-    return tuple(np.frombuffer(b"\n".join(part), np.uint8) for part in (texts[held_out:], texts[:held_out]))
+    train, validation = (np.frombuffer(b"\n".join(part), np.uint8) for part in (texts[held_out:], texts[:held_out]))
+    return train, validation
 
 
 def batches(data: np.ndarray, args: argparse.Namespace, sharding: NamedSharding, seed: int) -> Iterator[jax.Array]:
@@ -141,7 +152,7 @@ def train_step(model: GPT, optimizer: nnx.Optimizer, batch: jax.Array) -> jax.Ar
 eval_step = nnx.jit(loss_fn)
 
 
-def replicate(module: nnx.Module, mesh: jax.sharding.Mesh) -> None:
+def replicate(module: nnx.Module | nnx.Optimizer, mesh: jax.sharding.Mesh) -> None:
     """Puts a copy of each array of ``module`` on every device."""
     nnx.update(module, jax.device_put(nnx.state(module), NamedSharding(mesh, PartitionSpec())))
 
@@ -228,7 +239,7 @@ def compare_with_xla(model: GPT, args, mesh, train_data, steps: int = 6) -> None
         print(f"  {name:10} {1e3 * medians[name]:8.1f} ms   loss {losses[0]:.6f} ... {losses[-1]:.6f}")
     print(f"  {'speed-up':10} {medians['xla'] / medians['jax_flash']:8.2f} x")
     # Later losses depend on the gradients of earlier steps, so that this checks both directions of the attention.
-    tolerance = 1e-3 if args.dtype == "float32" else 2e-2
+    tolerance = 1e-4 if args.dtype == "float32" else 5e-3
     ours, xla = runs["jax_flash"][2], runs["xla"][2]
     if not np.allclose(ours, xla, rtol=0, atol=tolerance):
         sys.exit(f"train_gpt: FAILED: expected losses equal to within {tolerance}, received {ours} and, by XLA, {xla}.")
@@ -247,10 +258,10 @@ def plot(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None
 
 
 def parse_args() -> argparse.Namespace:
-    backend = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    on_gpu = jax.default_backend() != "cpu"
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        epilog=f"The defaults are those for this machine's backend, {backend}.",
+        description="Trains a small GPT on the source files of the Python standard library.",
+        epilog="The defaults depend on whether JAX finds a GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, help="training steps")
@@ -259,16 +270,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="transformer blocks")
     parser.add_argument("--heads", type=int, help="attention heads; they divide the width")
     parser.add_argument("--batch", type=int, help="windows per step, over all devices together")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of activations; weights are float32"
-    )
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of activations; weights are float32")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the loss curve")
-    parser.set_defaults(**DEFAULTS[backend])
+    defaults = {name: values[on_gpu] for name, values in DEFAULTS.items()}
+    parser.set_defaults(**defaults | {"batch": math.lcm(defaults["batch"], jax.device_count())})
     args = parser.parse_args()
     for name in ("steps", "seq_len", "width", "layers", "heads", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, received {getattr(args, name)}")
+        least = 2 * len(PROMPT) if name == "seq_len" else 1
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, received {getattr(args, name)}")
     if args.width % args.heads:
         parser.error(f"--heads: expected a divisor of --width {args.width}, received {args.heads}")
     if args.batch % jax.device_count():
@@ -287,7 +298,8 @@ def main() -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(
         f"{parameters / 1e6:.1f} M parameters, {len(train_data) / 1e6:.1f} MB of text, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, {args.batch} x {args.seq_len} bytes per step"
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, {args.batch} x {args.seq_len} bytes per step",
+        flush=True,
     )
 
     curves = train(model, args, mesh, train_data, val_data)

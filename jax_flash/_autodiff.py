@@ -38,7 +38,7 @@ def attend(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
         operands = compat.unify_varying(operands)
         if "page_table" in operands:
             return _forward_paged(attrs, operands)
-        out, lse = _attend(attrs, {n: _reverse_only(x) if n in _DIFFERENTIABLE else x for n, x in operands.items()})
+        out, lse = _attend(attrs, {n: _reverse_only_p.bind(x) if n in _DIFFERENTIABLE else x for n, x in operands.items()})
         return {"out": out, "lse": lse}
 
     results = _partitioning.in_explicit_mesh(local, operands, forward_axes(attrs, names))
@@ -124,22 +124,13 @@ def _sinks_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.A
     return jnp.sum(gradient, axis=shared, keepdims=True)
 
 
-# Forward-mode differentiation of a custom_vjp fails with a sentence about custom_vjp. This identity makes the sentence
-# ours: its tangent map is a linear primitive that knows only its transpose, and it refuses to be run forwards.
+# Forward-mode differentiation of a custom_vjp fails with a sentence about custom_vjp. An identity in front of it makes
+# the sentence ours: its tangent map is a linear primitive that knows only its transpose. Reverse mode transposes it
+# away; forward mode runs it, batches it (jacfwd) or lowers it (under jit), and all three refuse.
 _FORWARD_MODE = (
     "jax_flash: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not implemented for attention; "
     "use reverse mode (jax.grad, jax.vjp, jax.jacrev)."
 )
-
-
-@jax.custom_jvp
-def _reverse_only(x: jax.Array) -> jax.Array:
-    return x
-
-
-@_reverse_only.defjvp
-def _reverse_only_jvp(primals, tangents):
-    return primals[0], _tangent_p.bind(tangents[0])
 
 
 def _refuse_forward_mode(*args, **params):
@@ -150,8 +141,15 @@ _tangent_p = Primitive("jax_flash_tangent")
 _tangent_p.def_impl(_refuse_forward_mode)
 _tangent_p.def_abstract_eval(lambda aval: aval)
 ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
-batching.defvectorized(_tangent_p)
+batching.primitive_batchers[_tangent_p] = _refuse_forward_mode
 mlir.register_lowering(_tangent_p, _refuse_forward_mode)
+
+_reverse_only_p = Primitive("jax_flash_reverse_only")
+_reverse_only_p.def_impl(lambda x: x)
+_reverse_only_p.def_abstract_eval(lambda aval: aval)
+ad.defjvp(_reverse_only_p, lambda tangent, x: _tangent_p.bind(tangent))
+batching.defvectorized(_reverse_only_p)
+mlir.register_lowering(_reverse_only_p, lambda context, x: [x])
 
 
 def dropout_stream(

@@ -202,7 +202,7 @@ def in_explicit_mesh(call: Callable[[Arrays], Arrays], operands: Arrays, result_
       operands: global arrays; their types say how they are sharded.
       result_axes: the axes behind the batch of each result, as in ``_attrs``.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(operands["query"]).sharding.mesh  # under vmap over a divided axis this is less than the context's
     explicit = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
     if not explicit:
         return call(operands)

@@ -111,9 +111,11 @@ def check_against_reference(rng, shape, option, dtype):
     def plain(arrays, dtype):
         return _reference.attention(**reference | arrays, dtype=dtype)[:2]
 
-    actual = jax.jit(lambda a, c: value_and_gradients(flash, a, c))(arrays, cotangents)
-    high = value_and_gradients(lambda a: plain(a, jnp.float32), arrays, cotangents)
-    low = high if dtype == jnp.float32 else value_and_gradients(lambda a: plain(a, dtype), arrays, cotangents)
+    def run(attend):
+        return jax.jit(lambda a, c: value_and_gradients(attend, a, c))(arrays, cotangents)
+
+    actual, high = run(flash), run(lambda a: plain(a, jnp.float32))
+    low = high if dtype == jnp.float32 else run(lambda a: plain(a, dtype))
     return actual, high, low
 
 

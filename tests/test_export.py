@@ -1,4 +1,4 @@
-"""Compiled attention outside of the process that traced it: jax.export, the compilation cache, serialized executables."""
+"""Attention outside of the process that traced it: jax.export, the compilation cache, serialized executables."""
 
 from __future__ import annotations
 

@@ -194,8 +194,8 @@ def test_nested_vmap_with_operands_shared_on_either_level(rng):
         return jax.jit(jax.vmap(jax.vmap(call, (1, 0, 0, None)), (0, None, None, 0)))
 
     def looped(call):
-        rows = [[call(q[i, :, j], k[j], v[j], bias[i]) for j in range(2)] for i in range(3)]
-        return jax.tree.map(lambda *xs: jnp.stack(xs).reshape(3, 2, *xs[0].shape), *sum(rows, []))
+        each = [call(q[i, :, j], k[j], v[j], bias[i]) for i in range(3) for j in range(2)]
+        return jax.tree.map(lambda *xs: jnp.stack(xs).reshape(3, 2, *xs[0].shape), *each)
 
     gradient = gradients(call, (0, 1, 2, 3))
     each = looped(jax.jit(gradient))

@@ -49,27 +49,29 @@ void set_zero(float* x, int64 count) {
   for (int64 e = 0; e < count; ++e) x[e] = 0.0f;
 }
 
-// The query side of a block: Q, dO (rows and transposed), LSE and delta. Lanes past the last row get P = 0.
+// The query side of a block: Q, dO (rows and transposed), LSE and delta. Rows that see no key and lanes past the last
+// row get P = 0, and Q = dO = 0 as well, for what stands there may be NaN.
 void load_query_side(const BwdProblem& p, const Sequence& s, int64 head, const QueryTile& q, Tiles& t) {
-  const int64 row = s.q_begin + q.begin;
+  const int64 row = s.q_begin + q.begin, ldq = padded(p.head_dim), ldo = padded(p.head_dim_v);
   load_rows(p, p.q, s.batch, head, row, q.rows, p.head_dim, t.q);
   load_rows(p, p.d_o, s.batch, head, row, q.rows, p.head_dim_v, t.d_o);
-  set_zero(t.q + q.rows * padded(p.head_dim), (q.lanes - q.rows) * padded(p.head_dim));
-  set_zero(t.d_o + q.rows * padded(p.head_dim_v), (q.lanes - q.rows) * padded(p.head_dim_v));
-  transpose(t.q, q.rows, p.head_dim, p.options.scale * kLog2e, q.lanes, t.qt);
-  transpose(t.d_o, q.rows, p.head_dim_v, 1.0f, q.lanes, t.d_ot);
   for (int64 i = 0; i < q.lanes; ++i) {
-    t.lse[i] = __builtin_inff();
-    t.delta[i] = 0.0f;
-    if (i >= q.rows) continue;
-    const float lse = *pointer_to<float>(p, p.lse, s.batch, head, row + i);
-    if (lse == -__builtin_inff()) continue;  // a row that sees no key
+    const float lse = i < q.rows ? *pointer_to<float>(p, p.lse, s.batch, head, row + i) : -__builtin_inff();
+    if (lse == -__builtin_inff()) {
+      set_zero(t.q + i * ldq, ldq);
+      set_zero(t.d_o + i * ldo, ldo);
+      t.lse[i] = __builtin_inff();
+      t.delta[i] = 0.0f;
+      continue;
+    }
     load_row(p.o, offset_of(p, p.o, s.batch, head, row + i), p.head_dim_v, t.row);
     float delta = -*pointer_to<float>(p, p.d_lse, s.batch, head, row + i);
-    for (int64 d = 0; d < p.head_dim_v; ++d) delta += t.row[d] * t.d_o[i * padded(p.head_dim_v) + d];
+    for (int64 d = 0; d < p.head_dim_v; ++d) delta += t.row[d] * t.d_o[i * ldo + d];
     t.lse[i] = lse * kLog2e;
     t.delta[i] = delta;
   }
+  transpose(t.q, q.rows, p.head_dim, p.options.scale * kLog2e, q.lanes, t.qt);
+  transpose(t.d_o, q.rows, p.head_dim_v, 1.0f, q.lanes, t.d_ot);
 }
 
 // scores -> P as dV needs it (dropped and rescaled), dp -> dS before softcap and scale.
