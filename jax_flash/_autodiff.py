@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_flash import _ffi, _partitioning, compat
-from jax_flash._attrs import Attrs, backward_axes, forward_axes
+from jax_flash._attrs import Attrs
 
 Arrays = dict[str, jax.Array]
 
@@ -32,31 +31,18 @@ def attend(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
     Both cotangents are honoured. Gradients reach query, key, value, bias and sinks; the other operands are constants.
     A paged call (one with a page table) has no gradient.
     """
-    names = tuple(operands)
-
-    def local(operands: Arrays) -> Arrays:
-        operands = compat.unify_varying(operands)
-        if "page_table" in operands:
-            return _forward_paged(attrs, operands)
-        out, lse = _attend(attrs, {n: _reverse_only_p.bind(x) if n in _DIFFERENTIABLE else x for n, x in operands.items()})
-        return {"out": out, "lse": lse}
-
-    results = _partitioning.in_explicit_mesh(local, operands, forward_axes(attrs, names))
-    return results["out"], results["lse"]
+    # Both outside of custom_vjp, whose gradients must have the types of what goes in.
+    operands = compat.unify_varying(_partitioning.resharded(operands))
+    if "page_table" in operands:
+        results = _forward_paged(attrs, operands)
+        return results["out"], results["lse"]
+    return _attend(attrs, {n: _reverse_only_p.bind(x) if n in _DIFFERENTIABLE else x for n, x in operands.items()})
 
 
 def probabilities(attrs: Attrs, operands: Arrays) -> jax.Array:
     """The attention matrix itself (``Attrs.return_softmax``), for tests; a constant to differentiation."""
     attrs = dataclasses.replace(attrs, return_softmax=True)
-    operands = jax.lax.stop_gradient(operands)
-    call = functools.partial(_ffi.forward, attrs)
-    return _partitioning.in_explicit_mesh(call, operands, forward_axes(attrs, tuple(operands)))["probs"]
-
-
-def backward(attrs: Attrs, operands: Arrays) -> Arrays:
-    """The backward call by itself (``_ffi.backward``), with a helpful error in place of a second derivative."""
-    call = functools.partial(_backward_once, attrs)
-    return _partitioning.in_explicit_mesh(call, operands, backward_axes(tuple(operands)))
+    return _ffi.forward(attrs, jax.lax.stop_gradient(operands))["probs"]
 
 
 def _without_derivative(function: Callable, why: str) -> Callable:
@@ -75,7 +61,8 @@ _forward_paged = _without_derivative(
     "jax_flash: paged attention is for inference and has no gradient. For training use flash_attention or "
     "flash_attention_varlen.",
 )
-_backward_once = _without_derivative(
+# The backward call by itself (``_ffi.backward``).
+backward = _without_derivative(
     _ffi.backward,
     "jax_flash: attention is differentiable once. A second derivative (grad of grad, hessian) is not implemented; "
     "jax.nn.dot_product_attention has one.",
@@ -101,7 +88,7 @@ def _attend_bwd(attrs: Attrs, residuals, cotangents):
     d_out, d_lse = cotangents
     # A sink is no operand of the backward call: it acts through lse alone.
     inputs = {n: x for n, x in operands.items() if n != "sinks"}
-    results = _backward_once(attrs, {**inputs, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse})
+    results = backward(attrs, {**inputs, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse})
     gradients = {n: results[n] for n in ("query", "key", "value")}
     if "bias" in operands:
         gradients["bias"] = results["bias"].astype(operands["bias"].dtype)

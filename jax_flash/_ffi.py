@@ -80,12 +80,18 @@ def _call(target: str, attrs: Attrs, names: tuple[str, ...]):
         call = jax.ffi.ffi_call(target, tuple(types.values()))
         return tuple(call(*arrays, **ffi_attributes(attrs, names)))
 
-    results = tuple(forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names))
+    results = forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
     partitioned = _partitioning.partitioned(ffi_call, attrs, names, is_forward=target == FORWARD_TARGET)
 
+    def local(operands: Arrays) -> Arrays:
+        operands = compat.unify_varying(operands)
+        function = ffi_call if _partitioning.is_local() else partitioned
+        return dict(zip(results, function(*(operands[name] for name in names)), strict=True))
+
+    # Inside of custom_vmap, so that a mapped axis that is itself sharded is one more batch axis to be divided.
     @custom_vmap
     def call(operands: Arrays) -> Arrays:
-        return dict(zip(results, partitioned(*(operands[name] for name in names)), strict=True))
+        return _partitioning.in_explicit_mesh(local, operands, results)
 
     @call.def_vmap
     def batched(size: int, is_batched: tuple[dict[str, bool]], operands: Arrays):

@@ -194,6 +194,38 @@ def _spec_of(sharding: Any, ndim: int) -> tuple:
     return spec + (None,) * (ndim - len(spec))
 
 
+def _axes_of_type(axis_type: AxisType) -> set[str]:
+    """Axes of the current mesh; none outside of any mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == axis_type}
+
+
+def is_local() -> bool:
+    """Whether every array here is one device's part: within a shard_map over all axes of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and _axes_of_type(AxisType.Manual) == set(mesh.axis_names)
+
+
+def _divide_by_type(operands: Arrays) -> tuple[_Division, dict[str, PartitionSpec]]:
+    """The division that the operands' types ask for, and the sharding that it wants of each."""
+    shapes = {name: x.shape for name, x in operands.items()}
+    specs = {name: _spec_of(jax.typeof(x).sharding, x.ndim) for name, x in operands.items()}
+    division = _Division(dict(jax.sharding.get_abstract_mesh().shape), shapes, specs)
+    return division, {name: division.spec(labels) for name, labels in division.labels.items()}
+
+
+def resharded(operands: Arrays) -> Arrays:
+    """Over a mesh with Explicit axes: the operands, sharded as the call divides them."""
+    if not _axes_of_type(AxisType.Explicit):
+        return operands
+    _, wanted = _divide_by_type(operands)
+
+    def moved(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return x if _spec_of(jax.typeof(x).sharding, x.ndim) == tuple(spec) else jax.sharding.reshard(x, spec)
+
+    return {name: moved(x, wanted[name]) for name, x in operands.items()}
+
+
 def in_explicit_mesh(call: Callable[[Arrays], Arrays], operands: Arrays, result_axes: dict[str, str]) -> Arrays:
     """``call(operands)``, inside a shard_map over the Explicit axes of the current mesh if it has any.
 
@@ -202,22 +234,19 @@ def in_explicit_mesh(call: Callable[[Arrays], Arrays], operands: Arrays, result_
       operands: global arrays; their types say how they are sharded.
       result_axes: the axes behind the batch of each result, as in ``_attrs``.
     """
-    mesh = jax.typeof(operands["query"]).sharding.mesh  # under vmap over a divided axis this is less than the context's
-    explicit = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+    explicit = _axes_of_type(AxisType.Explicit)
     if not explicit:
         return call(operands)
-    shapes = {name: x.shape for name, x in operands.items()}
-    specs = {name: _spec_of(jax.typeof(x).sharding, x.ndim) for name, x in operands.items()}
-    division = _Division(dict(mesh.shape), shapes, specs)
-    wanted = {name: division.spec(labels) for name, labels in division.labels.items()}
-    moved = {
-        name: x if specs[name] == tuple(wanted[name]) else jax.sharding.reshard(x, wanted[name])
-        for name, x in operands.items()
-    }
+    division, wanted = _divide_by_type(operands)
     batch_labels = tuple(f"b{i}" for i in range(operands["query"].ndim - 3))
     out_specs = {name: division.spec((*batch_labels, *axes)) for name, axes in result_axes.items()}
+    if "bias" in out_specs:
+        out_specs["bias"] = wanted["bias"]
 
     def local_call(operands: Arrays) -> Arrays:
         return division.sum_shared(call(division.local_heads(operands)), operands)
 
-    return jax.shard_map(local_call, in_specs=(wanted,), out_specs=out_specs, axis_names=explicit)(moved)
+    # No names mean all axes but those that an enclosing vmap maps over, for which JAX has no public name.
+    axis_names = frozenset() if explicit == set(jax.sharding.get_abstract_mesh().axis_names) else explicit
+    divided = jax.shard_map(local_call, in_specs=(wanted,), out_specs=out_specs, axis_names=axis_names)
+    return divided(resharded(operands))

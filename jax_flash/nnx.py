@@ -86,7 +86,7 @@ def attention_fn(
       >>> from flax import nnx
       >>> from jax_flash.nnx import attention_fn
       >>> layer = nnx.MultiHeadAttention(2, 16, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((1, 8, 16)), is_causal=True).shape
+      >>> layer(jnp.ones((1, 8, 16)), mask=nnx.make_causal_mask(jnp.ones((1, 8)))).shape
       (1, 8, 16)
     """
     del force_fp32_for_softmax  # There is no other kind of softmax here.
