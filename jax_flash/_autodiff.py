@@ -22,8 +22,6 @@ Arrays = dict[str, jax.Array]
 OUT_NAME = "flash_out"
 LSE_NAME = "flash_lse"
 
-_DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
-
 
 def attend(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
     """Differentiable attention: ``out [..., T, N, D]`` and ``lse [..., N, T]``, on any mesh.
@@ -36,7 +34,8 @@ def attend(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
     if "page_table" in operands:
         results = _forward_paged(attrs, operands)
         return results["out"], results["lse"]
-    return _attend(attrs, {n: _reverse_only_p.bind(x) if n in _DIFFERENTIABLE else x for n, x in operands.items()})
+    floating = {n for n, x in operands.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return _attend(attrs, {n: _reverse_only_p.bind(x) if n in floating else x for n, x in operands.items()})
 
 
 def probabilities(attrs: Attrs, operands: Arrays) -> jax.Array:

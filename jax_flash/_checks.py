@@ -98,7 +98,10 @@ def number(name: str, x: Any) -> float:
     """A static Python number: it is compiled into the call."""
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
         raise ValueError(f"`{name}` must be a Python number known when tracing, got {type(x).__name__}.")
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf
 
 
 def integer(name: str, x: Any, minimum: int) -> int:
@@ -113,22 +116,26 @@ def flag(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def _scale(x: float | None, head_dim: int) -> float:
+def _fits_float32(x: float) -> bool:
+    return abs(x) <= float(np.finfo(np.float32).max)
+
+
+def _scale(name: str, x: float | None, head_dim: int) -> float:
     if x is None:
         return 1 / math.sqrt(head_dim)
-    x = number("scale", x)
-    if not math.isfinite(x):
-        raise ValueError(f"`scale` must be finite, got {x}.")
-    return x
+    value = number(name, x)
+    if not _fits_float32(value):
+        raise ValueError(f"`{name}` must be finite in float32, got {x}.")
+    return value
 
 
-def _soft_cap(x: float | None) -> float:
+def _soft_cap(name: str, x: float | None) -> float:
     if x is None:
         return 0.0
-    x = number("logits_soft_cap", x)
-    if not (x > 0 and math.isfinite(x)):
-        raise ValueError(f"`logits_soft_cap` must be positive and finite, or None for no cap, got {x}.")
-    return x
+    value = number(name, x)
+    if not (value >= float(np.finfo(np.float32).tiny) and _fits_float32(value)):
+        raise ValueError(f"`{name}` must be positive and finite in float32, or None for no cap, got {x}.")
+    return value
 
 
 def window(local_window_size: Any, is_causal: bool) -> tuple[int, int]:
@@ -162,13 +169,25 @@ def attrs(
     local_window_size: Any,
     logits_soft_cap: float | None,
     causal_alignment: str = "bottom_right",
+    names: tuple[str, str] = ("scale", "logits_soft_cap"),
     **fields: Any,
 ) -> Attrs:
-    """``Attrs`` from the arguments that all entry points share; ``fields`` are passed on as they are."""
+    """``Attrs`` from the arguments that all entry points share.
+
+    Args:
+      head_dim: of query and key, for the default scale.
+      scale: see ``flash_attention``, and so are those up to ``causal_alignment``.
+      is_causal: see there.
+      local_window_size: see there.
+      logits_soft_cap: see there.
+      causal_alignment: see there.
+      names: what the entry point calls scale and logits_soft_cap.
+      **fields: passed on as they are.
+    """
     left, right = window(local_window_size, flag("is_causal", is_causal))
     return Attrs(
-        scale=_scale(scale, head_dim),
-        logits_soft_cap=_soft_cap(logits_soft_cap),
+        scale=_scale(names[0], scale, head_dim),
+        logits_soft_cap=_soft_cap(names[1], logits_soft_cap),
         window_left=left,
         window_right=right,
         bottom_right=_is_bottom_right(causal_alignment),
@@ -233,6 +252,11 @@ def segment_ids(query_ids: Any, key_ids: Any, query: jax.Array, key: jax.Array) 
     }
 
 
+def page_size(name: str, pages: jax.Array) -> None:
+    if pages.shape[1] == 0:
+        raise ValueError(f"`{name}` must have a page size of at least 1, got shape {list(pages.shape)}.")
+
+
 def cu_seqlens(name: str, x: Any, size: int | None = None) -> jax.Array:
     x = int32(name, x, (size,), "[B + 1]")
     if x.shape[0] == 0:
@@ -240,15 +264,23 @@ def cu_seqlens(name: str, x: Any, size: int | None = None) -> jax.Array:
     return x
 
 
-def dropout(rate: Any, key: Any) -> tuple[int, jax.Array | None]:
-    """The keep threshold of 256 and the key as two uint32 words, or (256, None) where nothing is dropped."""
-    rate = number("dropout_rate", rate)
+def dropout(
+    rate: Any,
+    key: Any,
+    rate_name: str = "dropout_rate",
+    needed: str = "`dropout_key` is needed with {}: pass jax.random.key(seed).",
+) -> tuple[int, jax.Array | None]:
+    """The keep threshold of 256 and the key as two uint32 words, or (256, None) where nothing is dropped.
+
+    ``needed`` is the message for a missing key, with a place for the rate.
+    """
+    rate = number(rate_name, rate)
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"`dropout_rate` must be in [0, 1), got {rate}.")
+        raise ValueError(f"`{rate_name}` must be in [0, 1), got {rate}.")
     if rate == 0.0:
         return NO_DROPOUT, None
     if key is None:
-        raise ValueError(f"`dropout_key` is needed with dropout_rate = {rate}: pass jax.random.key(seed).")
+        raise ValueError(needed.format(f"{rate_name} = {rate}"))
     threshold = max(1, round(NO_DROPOUT * (1.0 - rate)))
     words = _key_words(key)
     return (threshold, words) if threshold < NO_DROPOUT else (NO_DROPOUT, None)

@@ -189,7 +189,8 @@ def dot_product_attention(
             f"`implementation` must be None, got {implementation!r}: jax_flash has one implementation per platform. "
             "For others call jax.nn.dot_product_attention."
         )
-    ndim = jnp.ndim(query)
+    query = _checks.array("query", query)
+    ndim = query.ndim
 
     def full_rank(name: str, x: ArrayLike | None) -> jax.Array | None:
         if x is None:
@@ -199,6 +200,11 @@ def dot_product_attention(
         if x.ndim == ndim + 1 and x.shape[0] == 1:
             x = x[0]
         return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+    def lengths(name: str, x: ArrayLike | None) -> jax.Array | None:
+        """For 3-D inputs jax.nn takes lengths of shape [1]."""
+        x = None if x is None else _checks.array(name, x)
+        return x.reshape(()) if x is not None and ndim == 3 and x.shape == (1,) else x
 
     out, lse = flash_attention(
         query,
@@ -210,8 +216,8 @@ def dot_product_attention(
         is_causal=is_causal,
         causal_alignment="top_left",
         local_window_size=local_window_size,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
+        query_seq_lengths=lengths("query_seq_lengths", query_seq_lengths),
+        key_value_seq_lengths=lengths("key_value_seq_lengths", key_value_seq_lengths),
         return_lse=True,
     )
     return (out, jnp.swapaxes(lse, -1, -2)) if _checks.flag("return_residual", return_residual) else out

@@ -90,7 +90,7 @@ def mha_fwd(
       ValueError: an argument is wrong; the message names it.
       NotImplementedError: as ``flash_attention``.
     """
-    seed, offset = _philox_state(p_dropout, dropout_key, philox_seed, philox_offset)
+    seed, offset = _philox_state(p_dropout, dropout_key, philox_seed, philox_offset, _FORWARD_NEEDS)
     attrs, operands = _dense(
         q, k, v, alibi_slopes, p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap,
         seed, offset,
@@ -156,7 +156,7 @@ def mha_varlen_fwd(
       NotImplementedError: as ``flash_attention``; differentiation with ``block_table``.
     """
     del zero_tensors
-    seed, offset = _philox_state(p_dropout, dropout_key, philox_seed, philox_offset)
+    seed, offset = _philox_state(p_dropout, dropout_key, philox_seed, philox_offset, _FORWARD_NEEDS)
     attrs, operands = _packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, max_seqlen_q, max_seqlen_k,
         p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap, seed, offset,
@@ -210,7 +210,7 @@ def mha_bwd(
       ValueError: an argument is wrong; the message names it.
       NotImplementedError: differentiation of the result.
     """
-    seed, offset = _philox_state(p_dropout, None, philox_seed, philox_offset)
+    seed, offset = _philox_state(p_dropout, None, philox_seed, philox_offset, _BACKWARD_NEEDS)
     attrs, operands = _dense(
         q, k, v, alibi_slopes, p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap,
         seed, offset, deterministic=_checks.flag("deterministic", deterministic),
@@ -275,7 +275,7 @@ def mha_varlen_bwd(
       NotImplementedError: differentiation of the result.
     """
     del zero_tensors
-    seed, offset = _philox_state(p_dropout, None, philox_seed, philox_offset)
+    seed, offset = _philox_state(p_dropout, None, philox_seed, philox_offset, _BACKWARD_NEEDS)
     attrs, operands = _packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, alibi_slopes, max_seqlen_q, max_seqlen_k,
         p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap, seed, offset,
@@ -284,7 +284,11 @@ def mha_varlen_bwd(
     return _backward(attrs, operands, dout, out, softmax_lse)
 
 
-def _philox_state(p_dropout: Any, dropout_key: Any, philox_seed: Any, philox_offset: Any):
+_FORWARD_NEEDS = "`dropout_key` is needed with {}: pass jax.random.key(seed), or the state of an earlier forward."
+_BACKWARD_NEEDS = "`philox_seed` and `philox_offset` are needed with {}: pass what the forward returned."
+
+
+def _philox_state(p_dropout: Any, dropout_key: Any, philox_seed: Any, philox_offset: Any, needed: str):
     """(seed uint32 [2], offset uint32 []) from either form; zeros where nothing is dropped."""
     if (philox_seed is None) != (philox_offset is None):
         raise ValueError("`philox_seed` and `philox_offset` must be given together.")
@@ -296,7 +300,7 @@ def _philox_state(p_dropout: Any, dropout_key: Any, philox_seed: Any, philox_off
         _checks.shape("philox_seed", dropout_key, (2,), "[2]")
         offset = _checks.dtype("philox_offset", _checks.array("philox_offset", philox_offset), jnp.uint32)
         _checks.shape("philox_offset", offset, (), "[]")
-    _, words = _checks.dropout(p_dropout, dropout_key)
+    _, words = _checks.dropout(p_dropout, dropout_key, "p_dropout", needed)
     return (jnp.zeros(2, jnp.uint32) if words is None else words), offset
 
 
@@ -304,6 +308,8 @@ def _common(operands: Arrays, p_dropout, softmax_scale, is_causal, window, softc
     """Attributes, and the dropout operand added to ``operands``."""
     keep_threshold, _ = _checks.dropout(p_dropout, seed)
     query = operands["query"]
+    sides = zip(("window_size_left", "window_size_right"), window, strict=True)
+    window = tuple(_checks.integer(name, side, -1) for name, side in sides)
     if keep_threshold < NO_DROPOUT:
         operands["dropout_stream"] = dropout_stream(seed, batch, query.shape[-2], offset=offset)
     attrs = _checks.attrs(
@@ -311,7 +317,8 @@ def _common(operands: Arrays, p_dropout, softmax_scale, is_causal, window, softc
         scale=softmax_scale,
         is_causal=is_causal,
         local_window_size=window,
-        logits_soft_cap=softcap or None,
+        logits_soft_cap=None if _checks.number("softcap", softcap) == 0 else softcap,
+        names=("softmax_scale", "softcap"),
         keep_threshold=keep_threshold,
         **fields,
     )
@@ -349,6 +356,7 @@ def _packed(
         operands["cu_seqlens_kv"] = cu_seqlens_k
     else:
         _checks.shape("k", k, (None,) * 4, "[num_blocks, block_size, K, H] (with block_table)")
+        _checks.page_size("k", k)
         operands["page_table"] = _checks.int32("block_table", block_table, (num_sequences, None), "[B, max_blocks]")
         if seqused_k is None:
             if cu_seqlens_k is None:

@@ -73,8 +73,7 @@ def paged_attention(
     """
     q, k, v = _checks.qkv(query, key_pages, value_pages, names=("query", "key_pages", "value_pages"))
     _checks.shape("key_pages", k, (None, None, None, None), "[num_pages, page_size, K, H]")
-    if k.shape[1] == 0:
-        raise ValueError(f"`key_pages` must have a page_size of at least 1, got shape {list(k.shape)}.")
+    _checks.page_size("key_pages", k)
     operands = {"query": q, "key": k, "value": v}
     if cu_seqlens_q is None:
         _checks.shape("query", q, (None, None, None, None), "[B, T, N, H] (without cu_seqlens_q)")

@@ -197,7 +197,7 @@ WRONG = [
     (VARLEN, {"alibi_slopes": ones(3, 4)}, ValueError, r"`alibi_slopes` must have shape .*\[2, 4\], got \[3, 4\]"),
     # paged_attention
     (PAGED, dict.fromkeys(_KV_PAGES, PACKED_KV), ValueError, r"`key_pages` .*page_size, K, H\].* \[12, 2, 8\]"),
-    (PAGED, dict.fromkeys(_KV_PAGES, ones(5, 0, 2, 8)), ValueError, "`key_pages` .* page_size of at least 1"),
+    (PAGED, dict.fromkeys(_KV_PAGES, ones(5, 0, 2, 8)), ValueError, "`key_pages` .* page size of at least 1"),
     (PAGED, {"value_pages": PAGES[1:]}, ValueError, "key_pages and value_pages must agree"),
     (PAGED, {"query": PACKED_Q}, ValueError, r"`query` .*\[B, T, N, H\] \(without cu_seqlens_q\).* got \[10, 4, 8\]"),
     (PAGED, {"cu_seqlens_q": OFFSETS_Q, "max_seqlen_q": 6}, ValueError, r"`query` .*\[total_q, N, H\] \(with cu_"),

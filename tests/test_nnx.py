@@ -275,7 +275,7 @@ def flax_layer(fn=None, **options):
     return nnx.MultiHeadAttention(N, F, **{"decode": False, "rngs": nnx.Rngs(0)} | options)
 
 
-TAKES_IS_CAUSAL = "is_causal" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters  # Flax 0.12.7
+TAKES_IS_CAUSAL = "is_causal" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters  # Not in 0.12.6.
 
 
 @pytest.mark.parametrize("call", ["plain", "causal", "mask", "cross", "heads"])
