@@ -1,4 +1,4 @@
-"""Every error about arguments, raised while tracing. Each check returns its argument in the form the call needs.
+"""Errors about arguments, raised while tracing. Each check returns its argument in the form the call needs.
 
 ``ValueError``: the argument is wrong; the message says what was expected and what came. ``NotImplementedError``: it is
 right but unsupported; the message says what is supported.
@@ -117,7 +117,8 @@ def flag(name: str, x: Any) -> bool:
 
 
 def _fits_float32(x: float) -> bool:
-    return abs(x) <= float(np.finfo(np.float32).max)
+    """Also as a multiple of log2(e), in which the kernels reckon."""
+    return abs(x) <= float(np.finfo(np.float32).max) / 1.5
 
 
 def _scale(name: str, x: float | None, head_dim: int) -> float:

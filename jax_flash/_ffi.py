@@ -14,8 +14,16 @@ import jax.export
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jax_flash import _core, _partitioning, compat
-from jax_flash._attrs import OPERANDS, Attrs, backward_axes, ffi_attributes, forward_axes, operand_axes
+from jax_flash import _partitioning, compat
+from jax_flash._attrs import MAX_BATCH_AXES, OPERANDS, Attrs, backward_axes, ffi_attributes, forward_axes, operand_axes
+
+try:
+    from jax_flash import _core
+except ImportError as error:
+    raise ImportError(
+        f"jax_flash: its compiled part cannot be imported ({error}). Inside a checkout, Python finds the sources in "
+        "place of the installed package: install with `pip install .` and start Python from another directory."
+    ) from error
 
 FORWARD_TARGET = "jax_flash_fwd"
 BACKWARD_TARGET = "jax_flash_bwd"
@@ -95,7 +103,11 @@ def _call(target: str, attrs: Attrs, names: tuple[str, ...]):
 
     @call.def_vmap
     def batched(size: int, is_batched: tuple[dict[str, bool]], operands: Arrays):
-        """The mapped axis becomes one more batch axis, of size 1 where an operand is shared: no copies, no loop."""
+        """The mapped axis becomes one more batch axis, of size 1 where an operand is shared: no loop, few copies."""
+        if operands["query"].ndim - 3 - is_batched[0]["query"] >= MAX_BATCH_AXES:
+            raise NotImplementedError(
+                f"jax_flash: at most {MAX_BATCH_AXES} batch axes are supported, those of vmap included."
+            )
 
         def widen(name: str, x: jax.Array) -> jax.Array:
             if is_batched[0][name]:

@@ -60,7 +60,7 @@ class _Division:
     def __init__(self, mesh_sizes: dict[str, int], shapes: dict[str, tuple], specs: dict[str, tuple]):
         names = tuple(shapes)
         self.labels = {name: _labels(operand_axes(name, names), shapes[name]) for name in names}
-        self.divided = self._present(specs)
+        self.divided = self._present(mesh_sizes, shapes, specs)
 
         num_heads, num_heads_kv = (shapes[n][self.labels[n].index(x)] for n, x in (("query", "N"), ("key", "K")))
         heads = heads_kv = self.divided.get("N", self.divided.get("K"))
@@ -75,14 +75,19 @@ class _Division:
             heads = heads if self.slices_kv else None
         self.divided["N"], self.divided["K"] = heads, heads_kv
 
-    def _present(self, specs: dict[str, tuple]) -> dict[str | None, Any]:
-        """Batch and head labels with the PartitionSpec entry that divides them, each mesh axis used once."""
+    def _present(
+        self, mesh_sizes: dict[str, int], shapes: dict[str, tuple], specs: dict[str, tuple]
+    ) -> dict[str | None, Any]:
+        """Batch and head labels with the PartitionSpec entry that divides them evenly, each mesh axis used once."""
         divided: dict[str | None, Any] = {}
         taken: set[str] = set()
         for name in ("query", *specs):  # the query first
-            for label, entry in zip(self.labels[name], specs[name], strict=True):
+            for label, size, entry in zip(self.labels[name], shapes[name], specs[name], strict=True):
                 axes = _mesh_axes(entry)
-                if axes and _may_be_divided(label) and label not in divided and taken.isdisjoint(axes):
+                # Heads that do not divide evenly are looked at once the query's and the key's are known.
+                is_even = label in ("N", "K") or size % math.prod(mesh_sizes[a] for a in axes) == 0
+                is_free = label not in divided and taken.isdisjoint(axes)
+                if axes and _may_be_divided(label) and is_even and is_free:
                     divided[label] = entry
                     taken.update(axes)
         return divided

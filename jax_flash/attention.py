@@ -49,7 +49,8 @@ def flash_attention(
       key: ``[..., S, K, H]``; N must be a multiple of K.
       value: ``[..., S, K, D]``.
       bias: ``[..., N, T, S]``, any axis of which may be 1; added to the scaled and capped scores. Differentiable; its
-        gradient is summed over the axes of size 1. Float32, bfloat16 or float16.
+        gradient is summed over the axes of size 1. Float32, bfloat16 or float16. Values below -2.3e38, such as
+        ``finfo.min``, hide a key as -inf does.
       mask: bool, shaped like ``bias``; True = attend.
       scale: factor of the scores; 1/sqrt(H) if None.
       is_causal: hide keys to the right of the diagonal.
@@ -185,7 +186,7 @@ def dot_product_attention(
       (2, 16, 4, 32)
     """
     if implementation is not None:
-        raise ValueError(
+        raise NotImplementedError(
             f"`implementation` must be None, got {implementation!r}: jax_flash has one implementation per platform. "
             "For others call jax.nn.dot_product_attention."
         )

@@ -90,12 +90,11 @@ def mha_fwd(
       ValueError: an argument is wrong; the message names it.
       NotImplementedError: as ``flash_attention``.
     """
-    seed, offset = _philox_state(p_dropout, dropout_key, philox_seed, philox_offset, _FORWARD_NEEDS)
+    dropout = _dropout_state(p_dropout, dropout_key, philox_seed, philox_offset, _FORWARD_NEEDS)
     attrs, operands = _dense(
-        q, k, v, alibi_slopes, p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap,
-        seed, offset,
+        q, k, v, alibi_slopes, softmax_scale, is_causal, (window_size_left, window_size_right), softcap, dropout,
     )  # fmt: skip
-    return _forward(attrs, operands, return_softmax, seed, offset)
+    return _forward(attrs, operands, return_softmax, dropout)
 
 
 def mha_varlen_fwd(
@@ -156,12 +155,12 @@ def mha_varlen_fwd(
       NotImplementedError: as ``flash_attention``; differentiation with ``block_table``.
     """
     del zero_tensors
-    seed, offset = _philox_state(p_dropout, dropout_key, philox_seed, philox_offset, _FORWARD_NEEDS)
+    dropout = _dropout_state(p_dropout, dropout_key, philox_seed, philox_offset, _FORWARD_NEEDS)
     attrs, operands = _packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, max_seqlen_q, max_seqlen_k,
-        p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap, seed, offset,
+        softmax_scale, is_causal, (window_size_left, window_size_right), softcap, dropout,
     )  # fmt: skip
-    return _forward(attrs, operands, return_softmax, seed, offset)
+    return _forward(attrs, operands, return_softmax, dropout)
 
 
 def mha_bwd(
@@ -210,10 +209,10 @@ def mha_bwd(
       ValueError: an argument is wrong; the message names it.
       NotImplementedError: differentiation of the result.
     """
-    seed, offset = _philox_state(p_dropout, None, philox_seed, philox_offset, _BACKWARD_NEEDS)
+    dropout = _dropout_state(p_dropout, None, philox_seed, philox_offset, _BACKWARD_NEEDS)
     attrs, operands = _dense(
-        q, k, v, alibi_slopes, p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap,
-        seed, offset, deterministic=_checks.flag("deterministic", deterministic),
+        q, k, v, alibi_slopes, softmax_scale, is_causal, (window_size_left, window_size_right), softcap, dropout,
+        deterministic=_checks.flag("deterministic", deterministic),
     )  # fmt: skip
     return _backward(attrs, operands, dout, out, softmax_lse)
 
@@ -239,6 +238,7 @@ def mha_varlen_bwd(
     softcap: float = 0.0,
     deterministic: bool = False,
     *,
+    seqused_k: ArrayLike | None = None,
     philox_seed: ArrayLike | None = None,
     philox_offset: ArrayLike | None = None,
 ) -> Backward:
@@ -264,6 +264,7 @@ def mha_varlen_bwd(
       window_size_right: see there.
       softcap: see there.
       deterministic: the result must be bitwise equal from run to run.
+      seqused_k: what ``mha_varlen_fwd`` was given.
       philox_seed: result of ``mha_varlen_fwd``; needed with p_dropout > 0.
       philox_offset: likewise.
 
@@ -275,10 +276,10 @@ def mha_varlen_bwd(
       NotImplementedError: differentiation of the result.
     """
     del zero_tensors
-    seed, offset = _philox_state(p_dropout, None, philox_seed, philox_offset, _BACKWARD_NEEDS)
+    dropout = _dropout_state(p_dropout, None, philox_seed, philox_offset, _BACKWARD_NEEDS)
     attrs, operands = _packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, alibi_slopes, max_seqlen_q, max_seqlen_k,
-        p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right), softcap, seed, offset,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, alibi_slopes, max_seqlen_q, max_seqlen_k,
+        softmax_scale, is_causal, (window_size_left, window_size_right), softcap, dropout,
         deterministic=_checks.flag("deterministic", deterministic),
     )  # fmt: skip
     return _backward(attrs, operands, dout, out, softmax_lse)
@@ -288,8 +289,16 @@ _FORWARD_NEEDS = "`dropout_key` is needed with {}: pass jax.random.key(seed), or
 _BACKWARD_NEEDS = "`philox_seed` and `philox_offset` are needed with {}: pass what the forward returned."
 
 
-def _philox_state(p_dropout: Any, dropout_key: Any, philox_seed: Any, philox_offset: Any, needed: str):
-    """(seed uint32 [2], offset uint32 []) from either form; zeros where nothing is dropped."""
+class _Dropout(NamedTuple):
+    """Threshold of ``Attrs.keep_threshold``, seed uint32 [2] and offset uint32 []; zeros where nothing is dropped."""
+
+    keep_threshold: int
+    seed: jax.Array
+    offset: jax.Array
+
+
+def _dropout_state(p_dropout: Any, dropout_key: Any, philox_seed: Any, philox_offset: Any, needed: str) -> _Dropout:
+    """From a JAX key or the Philox state; ``needed`` is the message where both are missing."""
     if (philox_seed is None) != (philox_offset is None):
         raise ValueError("`philox_seed` and `philox_offset` must be given together.")
     if dropout_key is not None and philox_seed is not None:
@@ -300,18 +309,17 @@ def _philox_state(p_dropout: Any, dropout_key: Any, philox_seed: Any, philox_off
         _checks.shape("philox_seed", dropout_key, (2,), "[2]")
         offset = _checks.dtype("philox_offset", _checks.array("philox_offset", philox_offset), jnp.uint32)
         _checks.shape("philox_offset", offset, (), "[]")
-    _, words = _checks.dropout(p_dropout, dropout_key, "p_dropout", needed)
-    return (jnp.zeros(2, jnp.uint32) if words is None else words), offset
+    keep_threshold, words = _checks.dropout(p_dropout, dropout_key, "p_dropout", needed)
+    return _Dropout(keep_threshold, jnp.zeros(2, jnp.uint32) if words is None else words, offset)
 
 
-def _common(operands: Arrays, p_dropout, softmax_scale, is_causal, window, softcap, seed, batch, offset, **fields):
+def _common(operands: Arrays, softmax_scale, is_causal, window, softcap, dropout: _Dropout, batch, **fields):
     """Attributes, and the dropout operand added to ``operands``."""
-    keep_threshold, _ = _checks.dropout(p_dropout, seed)
     query = operands["query"]
     sides = zip(("window_size_left", "window_size_right"), window, strict=True)
     window = tuple(_checks.integer(name, side, -1) for name, side in sides)
-    if keep_threshold < NO_DROPOUT:
-        operands["dropout_stream"] = dropout_stream(seed, batch, query.shape[-2], offset=offset)
+    if dropout.keep_threshold < NO_DROPOUT:
+        operands["dropout_stream"] = dropout_stream(dropout.seed, batch, query.shape[-2], offset=dropout.offset)
     attrs = _checks.attrs(
         query.shape[-1],
         scale=softmax_scale,
@@ -319,14 +327,14 @@ def _common(operands: Arrays, p_dropout, softmax_scale, is_causal, window, softc
         local_window_size=window,
         logits_soft_cap=None if _checks.number("softcap", softcap) == 0 else softcap,
         names=("softmax_scale", "softcap"),
-        keep_threshold=keep_threshold,
+        keep_threshold=dropout.keep_threshold,
         **fields,
     )
     return attrs, operands
 
 
 def _dense(
-    q, k, v, alibi_slopes, p_dropout, softmax_scale, is_causal, window, softcap, seed, offset, **fields
+    q, k, v, alibi_slopes, softmax_scale, is_causal, window, softcap, dropout: _Dropout, **fields
 ) -> tuple[Attrs, Arrays]:  # fmt: skip
     q, k, v = _checks.qkv(q, k, v, names=("q", "k", "v"))
     _checks.shape("q", q, (None,) * 4, "[B, T, N, H]")
@@ -334,12 +342,12 @@ def _dense(
     operands = {"query": q, "key": k, "value": v}
     if alibi_slopes is not None:
         operands["alibi_slopes"] = _checks.alibi_slopes(alibi_slopes, q.shape[-2], batch)
-    return _common(operands, p_dropout, softmax_scale, is_causal, window, softcap, seed, batch, offset, **fields)
+    return _common(operands, softmax_scale, is_causal, window, softcap, dropout, batch, **fields)
 
 
 def _packed(
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, max_seqlen_q, max_seqlen_k,
-    p_dropout, softmax_scale, is_causal, window, softcap, seed, offset, **fields,
+    softmax_scale, is_causal, window, softcap, dropout: _Dropout, **fields,
 ) -> tuple[Attrs, Arrays]:  # fmt: skip
     q, k, v = _checks.qkv(q, k, v, names=("q", "k", "v"))
     _checks.shape("q", q, (None,) * 3, "[total_q, N, H]")
@@ -365,18 +373,18 @@ def _packed(
     if alibi_slopes is not None:
         operands["alibi_slopes"] = _checks.alibi_slopes(alibi_slopes, q.shape[-2], (num_sequences,))
     return _common(
-        operands, p_dropout, softmax_scale, is_causal, window, softcap, seed, (), offset,
+        operands, softmax_scale, is_causal, window, softcap, dropout, (),
         max_seqlen_q=_checks.integer("max_seqlen_q", max_seqlen_q, 0),
         max_seqlen_kv=_checks.integer("max_seqlen_k", max_seqlen_k, 0),
         **fields,
     )  # fmt: skip
 
 
-def _forward(attrs: Attrs, operands: Arrays, return_softmax: bool, seed: jax.Array, offset: jax.Array) -> Forward:
+def _forward(attrs: Attrs, operands: Arrays, return_softmax: bool, dropout: _Dropout) -> Forward:
     out, lse = attend(attrs, operands)
     return_softmax = _checks.flag("return_softmax", return_softmax)
     softmax = probabilities(attrs, operands) if return_softmax else jnp.zeros(0, jnp.float32)
-    return Forward(out, lse, seed, offset, softmax)
+    return Forward(out, lse, dropout.seed, dropout.offset, softmax)
 
 
 def _backward(attrs: Attrs, operands: Arrays, dout: Any, out: Any, softmax_lse: Any) -> Backward:

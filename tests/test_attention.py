@@ -156,6 +156,28 @@ def test_instruction_sets(rng, instruction_set, option, dtype):
         assert_accurate(actual[0], expected[0], low[0], 3.0)
 
 
+@pytest.mark.parametrize("seqlen", [16, 300], ids=["one thread", "threads"])
+def test_subnormal_float16(rng, seqlen):
+    """Gradients of a mean are subnormal float16; XLA's threads flush subnormal float32 to zero, these must not be."""
+    q, k, v = rng.qkv(1, seqlen, seqlen, dtype=jnp.float16)
+    d_out = (3e-5 * rng.normal(*q.shape)).astype(jnp.float16)
+    actual = jax.vjp(flash_attention, q, k, v)[1](d_out)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
+    expected = jax.vjp(flash_attention, *wide[:3])[1](wide[3])
+    assert float(jnp.abs(expected[2]).max()) > 1e-6
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=0.01, atol=1e-7), actual, expected)
+
+
+@pytest.mark.parametrize("cap", [50.0, 1e3, 1e6])
+def test_large_soft_cap(rng, cap):
+    """Far from the cap the scores are what they are without one."""
+    q, k, v = rng.qkv(seqlen_kv=100)
+    capped = flash_attention(q, k, v, logits_soft_cap=cap, return_lse=True)
+    expected = _reference.attention(q, k, v, logits_soft_cap=cap)[:2]
+    assert_close(capped[1], expected[1], 1e-5)
+    assert_close(capped[0], expected[0], 1e-5)
+
+
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="no instruction set"):
         _core.use_instruction_set("mmx")

@@ -172,7 +172,7 @@ WRONG = [
     ),
     (DENSE, {"dropout_rate": 0.1, "dropout_key": ints(1, 2)}, ValueError, r"`dropout_key` .* got int32 of shape \[2\]"),
     # dot_product_attention
-    (JAX_NN, {"implementation": "xla"}, ValueError, "`implementation` must be None, got 'xla'"),
+    (JAX_NN, {"implementation": "xla"}, NotImplementedError, "`implementation` must be None, got 'xla'"),
     (JAX_NN, {"query": None}, ValueError, "`query` must be an array, got None"),
     (JAX_NN, {"query": ones(4, 8)}, ValueError, "`query` must have at least 3 axes"),
     (JAX_NN, {"bias": ones(3, 7)}, ValueError, r"`bias` must have shape .*\[2, 4, 6, 7\].* got .*3, 7\]"),

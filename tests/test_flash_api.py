@@ -133,3 +133,18 @@ def test_forward_is_differentiable(rng):
     q, k, v = rng.qkv()
     ours = jax.grad(lambda q: flash_api.mha_fwd(q, k, v, return_softmax=True).out.sum())(q)
     assert_equal(ours, jax.grad(lambda q: flash_attention(q, k, v).sum())(q))
+
+
+def test_backward_of_seqused_k(rng):
+    """The packed backward takes the lengths that the forward took."""
+    q, k, v = rng.qkv(batch=(), seqlen_q=30, seqlen_kv=30)
+    where, longest = (offsets(10, 20),) * 2, {"max_seqlen_q": 20, "max_seqlen_k": 20}
+    used = {"seqused_k": jnp.array([7, 13], jnp.int32)}
+
+    def forward(q, k, v):
+        return flash_api.mha_varlen_fwd(q, k, v, *where, **longest, **used)
+
+    result, vjp = jax.vjp(lambda *a: forward(*a)[:2], q, k, v)
+    d_out = rng.normal(*q.shape)
+    gradients = flash_api.mha_varlen_bwd(d_out, q, k, v, *result, *where, **longest, **used)
+    assert_equal(gradients[:3], vjp((d_out, jnp.zeros_like(result[1]))))

@@ -24,8 +24,7 @@ PYTHON_TABLE: dict[tuple[str, ...], set[str]] = {
     ("__init__",): PUBLIC | {"._ffi"},  # DISABLED_CHECKS names the custom calls, which only _ffi knows
     ("nnx",): {"jax", "flax", "."} | PUBLIC,
     ("linen",): {"jax", "flax", ".", ".nnx"} | PUBLIC,
-    ("attention", "varlen", "ring_attention"): {"jax", "._attrs", "._checks", "._autodiff"},
-    ("paged", "flash_api"): {"jax", "._attrs", "._checks", "._autodiff", "._ffi"},
+    ("attention", "varlen", "paged", "flash_api", "ring_attention"): {"jax", "._attrs", "._checks", "._autodiff"},
     ("_autodiff",): {"jax", "._attrs", "._ffi", "._partitioning", ".compat"},
     ("_ffi",): {"jax", "jax.ffi", "._attrs", "._partitioning", "._core", ".compat"},
     ("_checks", "_partitioning"): {"jax", "._attrs", ".compat"},

@@ -91,6 +91,14 @@ void softmax_backward(const BwdProblem& p, const QueryTile& q, int64 keys, Tiles
     }
 }
 
+// dS through the soft cap; its derivative may be NaN where the element is hidden.
+void softcap_backward(const QueryTile& q, int64 keys, Tiles& t) {
+  for (int64 e = 0; e < keys * q.lanes; e += kLanes) {
+    const VecF ds = load(t.dp + e);
+    store(t.dp + e, select(ds == VecF{}, VecF{}, ds * load(t.softcap_grad + e)));
+  }
+}
+
 void add_dbias(const BwdProblem& p, const Sequence& s, int64 head, const QueryTile& q, int64 key, int64 keys,
                const float* ds) {
   float* dbias = pointer_to<float>(p, p.dbias, s.batch, head, s.q_begin + q.begin, key);
@@ -129,8 +137,7 @@ void bwd(const BwdProblem& p, const BwdUnit& unit, float* memory) {
         if (p.dropout_stream.data) dropout_tile(p, s, head, q, key, keys, t.keep);
         softmax_backward(p, q, keys, t);
         if (p.dbias.data) add_dbias(p, s, head, q, key, keys, t.dp);
-        if (p.options.softcap != 0.0f)
-          for (int64 e = 0; e < keys * q.lanes; e += kLanes) store(t.dp + e, load(t.dp + e) * load(t.softcap_grad + e));
+        if (p.options.softcap != 0.0f) softcap_backward(q, keys, t);
         gemm<false>(keys, ldv, q.lanes, t.scores, q.lanes, t.d_o, ldv, t.dv + at * ldv, ldv, true);
         gemm<false>(keys, ldk, q.lanes, t.dp, q.lanes, t.q, ldk, t.dk + at * ldk, ldk, true);
         gemm<true>(q.rows, ldk, keys, t.dp, q.lanes, k, ldk, t.dq, ldk, true);
@@ -138,7 +145,8 @@ void bwd(const BwdProblem& p, const BwdUnit& unit, float* memory) {
 
       for (int64 i = 0; i < q.rows; ++i) {
         const int64 row = s.q_begin + q.begin + i;
-        for (int64 c = 0; c < p.head_dim; ++c) t.row[c] = t.dq[i * ldk + c] * p.options.scale;
+        const bool sees_none = t.lse[i] == __builtin_inff();  // dQ is 0 even beside a key that is NaN
+        for (int64 c = 0; c < p.head_dim; ++c) t.row[c] = sees_none ? 0.0f : t.dq[i * ldk + c] * p.options.scale;
         store_row(unit.dq, offset_of(p, unit.dq, s.batch, head, row), p.head_dim, t.row);
         if (unit.first_split) *pointer_to<float>(p, p.delta, s.batch, head, row) = t.delta[i];
       }

@@ -126,7 +126,8 @@ void fwd(const FwdProblem& p, const FwdUnit& unit, float* memory) {
   const float keep_scale = p.dropout_stream.data ? dropout_scale(p) : 1.0f;
   for (int64 i = 0; i < q.rows; ++i) {
     const float inverse = t.sum[i] == 0.0f ? 0.0f : keep_scale / t.sum[i];
-    for (int64 d = 0; d < p.head_dim_v; ++d) t.row[d] = t.ot[d * q.lanes + i] * inverse;
+    // A row that saw no key is 0 even where O^T is not: a hidden value that is NaN makes 0 * NaN.
+    for (int64 d = 0; d < p.head_dim_v; ++d) t.row[d] = inverse == 0.0f ? 0.0f : t.ot[d * q.lanes + i] * inverse;
     store_row(p.o, offset_of(p, p.o, s.batch, unit.head, row + i), p.head_dim_v, t.row);
     *pointer_to<float>(p, p.lse, s.batch, unit.head, row + i) =
         t.sum[i] == 0.0f ? -__builtin_inff() : t.maximum[i] * kLn2 + __builtin_logf(t.sum[i]);

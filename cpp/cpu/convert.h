@@ -39,10 +39,11 @@ struct Float16 {
   using Storage = uint16;
   static float decode(uint16 x) {
     const uint32 sign = uint32(x & 0x8000u) << 16, magnitude = uint32(x & 0x7FFFu) << 13;
-    // Moving the exponent by a product also normalises subnormals; inf and NaN get the largest exponent.
-    const float scaled = as_float(magnitude) * as_float(0x77800000u);  // 2^112
-    const uint32 bits = magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : as_bits(scaled);
-    return as_float(bits | sign);
+    // Subnormals are multiples of 2^-24. They go by an integer, as XLA's threads treat subnormal floats as zero.
+    const float subnormal = float(int32(x & 0x03FFu)) * 0x1p-24f;
+    const uint32 normal = magnitude + 0x38000000u;  // exponent bias 127 in place of 15
+    const uint32 finite = magnitude < 0x00800000u ? as_bits(subnormal) : normal;
+    return as_float((magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : finite) | sign);
   }
   static uint16 encode(float x) {  // to nearest even
     const uint32 bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <atomic>
-#include <exception>
 #include <functional>
 #include <memory>
+#include <new>
 
 #include "common/types.h"
 
@@ -37,13 +37,19 @@ void parallel_for(const Executor& executor, int64 count, bool inline_only, MakeW
     try {
       auto task = state->make_worker();
       for (int64 i; !state->failed && (i = state->next++) < state->count;) task(i);
-    } catch (const std::exception&) {  // what a task can meet is bad_alloc of its scratch
+    } catch (const std::bad_alloc&) {  // of its scratch: tasks throw nothing else
       state->failed = true;
     }
     if (--state->running == 0) state->done(state->failed ? "out of memory for scratch tiles" : nullptr);
   };
   if (workers == 1) return work();
-  for (int64 i = 0; i < workers; ++i) executor.schedule(work);
+  for (int64 i = 0; i < workers; ++i) {
+    try {
+      executor.schedule(work);
+    } catch (const std::bad_alloc&) {  // earlier workers may be running already: theirs must not be the only end
+      work();
+    }
+  }
 }
 
 }  // namespace flash::cpu

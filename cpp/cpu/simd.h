@@ -74,11 +74,20 @@ inline VecF exp2(VecF x) {
   return y * (VecF)((n + 127u) << 23);
 }
 
+// To 3e-7 relative.
 inline VecF tanh(VecF x) {
   const VecF magnitude = select(x < splat(0.0f), -x, x);
   const VecF e = exp2(magnitude * (-2.0f * kLog2e));
   const VecF y = (1.0f - e) / (1.0f + e);
-  return select(x < splat(0.0f), -y, y);
+  const VecF large = select(x < splat(0.0f), -y, y);
+  // Near 0, where 1 - e cancels, the Taylor series.
+  const VecF x2 = x * x;
+  VecF series = splat(-1382.0f / 155925.0f);
+  series = series * x2 + 62.0f / 2835.0f;
+  series = series * x2 - 17.0f / 315.0f;
+  series = series * x2 + 2.0f / 15.0f;
+  series = series * x2 - 1.0f / 3.0f;
+  return select(magnitude < splat(0.3f), x + x * x2 * series, large);
 }
 
 // C[kRows, kVecs * kLanes] (+)= A[kRows, depth] B[depth, kVecs * kLanes], the sums in registers.

@@ -179,6 +179,9 @@ void decode_common(const Attrs& attrs, Decoder& d, Problem& p) {
   p.head_dim_v = v[v.size() - 1];
   const int64 kv_rows = k[k.size() - 3];
   const bool packed = d.has(Operand::kCuSeqlensQ);
+  for (Operand operand : {Operand::kCuSeqlensQ, Operand::kPageTable})
+    if (d.has(operand) && d.dims(operand).size() == 0)
+      return d.fail(kOperandNames[int32(operand)], "must have an axis");
   p.num_sequences = packed ? d.dims(Operand::kCuSeqlensQ).back() - 1 : 1;
   if (p.num_sequences < 0) d.fail("cu_seqlens_q", "must hold at least one offset");
   if (p.num_heads_kv == 0 ? p.num_heads != 0 : p.num_heads % p.num_heads_kv != 0)

@@ -1,9 +1,11 @@
 // The custom calls "jax_flash_fwd" and "jax_flash_bwd" on the CPU. They return a future at once: the work runs on XLA's
 // own thread pool, on which the handler itself runs too, so waiting for it here could dead-lock.
-#include "ffi/handlers.h"
+#include <new>
+#include <string>
 
 #include "cpu/attention.h"
 #include "ffi/decode.h"
+#include "ffi/handlers.h"
 
 namespace flash::ffi {
 namespace {
@@ -24,22 +26,26 @@ xf::Future failed(const xf::Error& error) {
   return future;
 }
 
-xf::Future fwd(xf::ThreadPool pool, Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
-  auto problem = decode_fwd(attrs, args, rets);
+template <class Problem>
+xf::Future run(xf::ErrorOr<Problem> problem, void (*start)(const Problem&, const cpu::Executor&),
+               xf::ThreadPool& pool) {
   if (problem.has_error()) return failed(problem.error());
   xf::CountDownPromise promise(1);
   xf::Future future(promise);
-  cpu::forward(*problem, make_executor(pool, promise));
+  try {
+    start(*problem, make_executor(pool, promise));
+  } catch (const std::bad_alloc&) {
+    return failed(xf::Error(xf::ErrorCode::kResourceExhausted, "jax_flash: out of memory for a plan of the work"));
+  }
   return future;
 }
 
+xf::Future fwd(xf::ThreadPool pool, Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
+  return run(decode_fwd(attrs, args, rets), cpu::forward, pool);
+}
+
 xf::Future bwd(xf::ThreadPool pool, Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
-  auto problem = decode_bwd(attrs, args, rets);
-  if (problem.has_error()) return failed(problem.error());
-  xf::CountDownPromise promise(1);
-  xf::Future future(promise);
-  cpu::backward(*problem, make_executor(pool, promise));
-  return future;
+  return run(decode_bwd(attrs, args, rets), cpu::backward, pool);
 }
 
 }  // namespace
