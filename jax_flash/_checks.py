@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_flash._attrs import MAX_BATCH_AXES, MAX_HEAD_DIM, NO_DROPOUT, Attrs
 
@@ -94,10 +95,19 @@ def batch_axes(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
     return query.shape[:-3]
 
 
+def _received(x: Any) -> str:
+    """What came in place of a static value, and what to do where that is an array."""
+    if isinstance(x, Tracer):
+        return "a traced array (under jit: mark the argument static, as with static_argnames)"
+    if isinstance(x, (jax.Array, np.ndarray)):
+        return "an array (pass x.item())"
+    return f"{type(x).__name__}: {x!r}"
+
+
 def number(name: str, x: Any) -> float:
     """A static Python number: it is compiled into the call."""
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
-        raise ValueError(f"`{name}` must be a Python number known when tracing, got {type(x).__name__}.")
+        raise ValueError(f"`{name}` must be a Python number known when tracing, got {_received(x)}.")
     try:
         return float(x)
     except OverflowError:
@@ -105,14 +115,17 @@ def number(name: str, x: Any) -> float:
 
 
 def integer(name: str, x: Any, minimum: int) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or not minimum <= x < 2**31:
-        raise ValueError(f"`{name}` must be a Python int from {minimum} to 2**31 - 1, known when tracing, got {x!r}.")
+    wanted = f"`{name}` must be a Python int from {minimum} to 2**31 - 1, known when tracing"
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+        raise ValueError(f"{wanted}, got {_received(x)}.")
+    if not minimum <= x < 2**31:
+        raise ValueError(f"{wanted}, got {x}.")
     return int(x)
 
 
 def flag(name: str, x: Any) -> bool:
     if not isinstance(x, (bool, np.bool_)):
-        raise ValueError(f"`{name}` must be True or False, known when tracing, got {type(x).__name__}: {x!r}.")
+        raise ValueError(f"`{name}` must be True or False, known when tracing, got {_received(x)}.")
     return bool(x)
 
 
@@ -149,7 +162,7 @@ def window(local_window_size: Any, is_causal: bool) -> tuple[int, int]:
     if not isinstance(sides, (tuple, list)) or len(sides) != 2:
         raise ValueError(
             "`local_window_size` must be None, an int, or a pair (left, right) of ints, "
-            f"got {type(local_window_size).__name__}: {local_window_size!r}."
+            f"got {_received(local_window_size)}."
         )
     left, right = (-1 if side is None else integer("local_window_size", side, -1) for side in sides)
     return left, 0 if is_causal else right
@@ -157,7 +170,7 @@ def window(local_window_size: Any, is_causal: bool) -> tuple[int, int]:
 
 def _is_bottom_right(causal_alignment: str) -> bool:
     """True for bottom-right."""
-    if causal_alignment not in ("bottom_right", "top_left"):
+    if not isinstance(causal_alignment, str) or causal_alignment not in ("bottom_right", "top_left"):
         raise ValueError(f'`causal_alignment` must be "bottom_right" or "top_left", got {causal_alignment!r}.')
     return causal_alignment == "bottom_right"
 
