@@ -178,6 +178,24 @@ def test_large_soft_cap(rng, cap):
     assert_close(capped[0], expected[0], 1e-5)
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_row_that_sees_no_key_beside_nan(rng, cap):
+    """Such a row is 0, and so is its gradient, though other rows of its tile see a key that is NaN."""
+    q, k, v = rng.qkv()
+    mask = jnp.ones((1, 1, 24, 24), bool).at[:, :, 3].set(False)
+    poison = jnp.zeros((2, 24, 2, 1)).at[:, 5].set(jnp.nan)
+
+    def attend(q):
+        return flash_attention(q, k + poison, v + poison, mask=mask, logits_soft_cap=cap, return_lse=True)
+
+    (out, lse), vjp = jax.vjp(attend, q)
+    (dq,) = vjp((jnp.ones_like(out), jnp.zeros_like(lse)))
+    np.testing.assert_array_equal(out[:, 3], 0)
+    np.testing.assert_array_equal(lse[:, :, 3], -np.inf)
+    np.testing.assert_array_equal(dq[:, 3], 0)
+    assert bool(jnp.isnan(out[:, 4]).all())
+
+
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="no instruction set"):
         _core.use_instruction_set("mmx")
