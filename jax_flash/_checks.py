@@ -247,12 +247,17 @@ def alibi_slopes(x: Any, heads: int, batch: tuple[int, ...]) -> jax.Array:
 
 def sinks(x: Any, heads: int, num_batch_axes: int) -> jax.Array:
     """float32 [N]; returned with all batch axes, of size 1."""
-    x = shape("sinks", dtype("sinks", array("sinks", x), jnp.float32), (heads,), "[N]")
+    x = typed("sinks", x, jnp.float32, (heads,), "[N]")
     return x.reshape((1,) * num_batch_axes + (heads,))
 
 
+def typed(name: str, x: Any, wanted: Any, expected: tuple[int | None, ...], axes: str) -> jax.Array:
+    """``x`` as an array of dtype ``wanted`` and of the shape that ``shape`` describes."""
+    return shape(name, dtype(name, array(name, x), wanted), expected, axes)
+
+
 def int32(name: str, x: Any, expected: tuple[int | None, ...], axes: str) -> jax.Array:
-    return shape(name, dtype(name, array(name, x), jnp.int32), expected, axes)
+    return typed(name, x, jnp.int32, expected, axes)
 
 
 def segment_ids(query_ids: Any, key_ids: Any, query: jax.Array, key: jax.Array) -> dict[str, jax.Array]:

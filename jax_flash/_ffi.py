@@ -2,7 +2,7 @@
 
 ``forward`` and ``backward`` take the static ``Attrs`` and a dict of operands (``_attrs.OPERANDS``) and choose nothing:
 they call what XLA finds under the target's name on the platform at hand. From the inside out each is
-``custom_vmap(custom_partitioning(ffi_call))``.
+``custom_vmap(custom_partitioning(ffi_call))``, with a shard_map between the two where the mesh has Explicit axes.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def _sorted_names(operands: Arrays) -> tuple[str, ...]:
     return tuple(name for name in OPERANDS if name in operands)
 
 
+def _result_axes(target: str, attrs: Attrs, names: tuple[str, ...]) -> dict[str, str]:
+    return forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
+
+
 def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
     """Abstract evaluation: the results' shapes and dtypes follow from the operands' alone."""
     names = tuple(operands)
@@ -67,7 +71,6 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
         sizes.update(zip(axes, x.shape[x.ndim - len(axes) :], strict=True))
     if "C" in sizes:
         sizes["B"] = sizes["C"] - 1
-    results = forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
 
     def result_type(name: str, axes: str) -> jax.ShapeDtypeStruct:
         if name == "bias":
@@ -75,7 +78,7 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
         dtype = jnp.float32 if name in ("lse", "delta", "probs") else query.dtype
         return compat.result_type((*batch, *(sizes[a] for a in axes)), dtype, operands)
 
-    return {name: result_type(name, axes) for name, axes in results.items()}
+    return {name: result_type(name, axes) for name, axes in _result_axes(target, attrs, names).items()}
 
 
 @functools.cache
@@ -88,8 +91,8 @@ def _call(target: str, attrs: Attrs, names: tuple[str, ...]):
         call = jax.ffi.ffi_call(target, tuple(types.values()))
         return tuple(call(*arrays, **ffi_attributes(attrs, names)))
 
-    results = forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
-    partitioned = _partitioning.partitioned(ffi_call, attrs, names, is_forward=target == FORWARD_TARGET)
+    results = _result_axes(target, attrs, names)
+    partitioned = _partitioning.partitioned(ffi_call, names, results)
 
     def local(operands: Arrays) -> Arrays:
         operands = compat.unify_varying(operands)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_flash._attrs import Attrs, backward_axes, forward_axes, operand_axes
+from jax_flash._attrs import operand_axes
 
 Arrays = dict[str, jax.Array]
 # A label names one axis of one array: "b0", "b1", ... for batch, the letters of _attrs for the rest, None for an axis
@@ -62,7 +62,7 @@ class _Division:
         self.labels = {name: _labels(operand_axes(name, names), shapes[name]) for name in names}
         self.divided = self._present(mesh_sizes, shapes, specs)
 
-        num_heads, num_heads_kv = (shapes[n][self.labels[n].index(x)] for n, x in (("query", "N"), ("key", "K")))
+        num_heads, num_heads_kv = shapes["query"][-2], shapes["key"][-2]
         heads = heads_kv = self.divided.get("N", self.divided.get("K"))
         parts = math.prod(mesh_sizes[axis] for axis in _mesh_axes(heads))
         self.group = num_heads // num_heads_kv
@@ -99,30 +99,32 @@ class _Division:
         """Cuts out the key head that this device's query heads share, where devices outnumber key heads."""
         if not self.slices_kv:
             return operands
-        local = operands["query"].shape[-2]
-        head = _linear_index(_mesh_axes(self.divided["N"])) * local // self.group
+        head = self._local_kv_head(operands)
         cut = {n: jax.lax.dynamic_slice_in_dim(operands[n], head, 1, operands[n].ndim - 2) for n in ("key", "value")}
         return {**operands, **cut}
 
+    def _local_kv_head(self, operands: Arrays) -> jax.Array:
+        """The key head that this device's query heads share."""
+        return _linear_index(_mesh_axes(self.divided["N"])) * operands["query"].shape[-2] // self.group
+
     def sum_shared(self, results: Arrays, operands: Arrays) -> Arrays:
-        """Adds up, over devices, the gradients of what several devices read: a shared key head or bias."""
+        """Adds up, over devices, the gradients of what several devices read: a shared key head or bias.
+
+        The results of a forward call have no such gradients and pass unchanged.
+        """
         summed = dict(results)
-        if self.slices_kv:
-            axes = _mesh_axes(self.divided["N"])
-            head = _linear_index(axes) * operands["query"].shape[-2] // self.group
-            for name in {"key", "value"} & set(results):
-                part, whole = results[name], jnp.zeros(_kv_shape(results[name], operands[name]), results[name].dtype)
+        if self.slices_kv and "key" in results:
+            head = self._local_kv_head(operands)
+            for name in ("key", "value"):  # in one order everywhere: processes must agree on that of collectives
+                part = results[name]
+                whole = jnp.zeros((*part.shape[:-2], operands[name].shape[-2], part.shape[-1]), part.dtype)
                 whole = jax.lax.dynamic_update_slice_in_dim(whole, part, head, part.ndim - 2)
-                summed[name] = jax.lax.psum(whole, axes)
+                summed[name] = jax.lax.psum(whole, _mesh_axes(self.divided["N"]))
         if "bias" in results:
             own = set(self.labels["bias"])
             axes = [a for label, e in self.divided.items() if label not in own and label != "K" for a in _mesh_axes(e)]
             summed["bias"] = jax.lax.psum(results["bias"], tuple(axes)) if axes else results["bias"]
         return summed
-
-
-def _kv_shape(part: jax.Array, whole: jax.Array) -> tuple[int, ...]:
-    return (*part.shape[:-2], whole.shape[-2], part.shape[-1])
 
 
 def _linear_index(axes: tuple[str, ...]) -> jax.Array:
@@ -132,32 +134,34 @@ def _linear_index(axes: tuple[str, ...]) -> jax.Array:
     return index
 
 
-def partitioned(call: Callable, attrs: Attrs, names: tuple[str, ...], is_forward: bool) -> Callable:
+def partitioned(call: Callable, names: tuple[str, ...], result_axes: dict[str, str]) -> Callable:
     """``call(*arrays)`` with a rule that divides it under jit over a mesh with Auto axes.
 
     Args:
       call: the custom call on whole or local arrays, positional in the order of ``names``; returns a tuple.
-      attrs: the call's static half.
       names: its operands.
-      is_forward: which results it has.
+      result_axes: its results and their axes behind the batch, as in ``_attrs``.
     """
-    results = forward_axes(attrs, names) if is_forward else backward_axes(names)
 
     def result_labels(types) -> list[Labels]:
-        return [_labels(axes, t.shape) for axes, t in zip(results.values(), types, strict=True)]
+        return [_labels(axes, t.shape) for axes, t in zip(result_axes.values(), types, strict=True)]
 
     def rule(mesh, operand_types, result_types):
         del mesh
         shapes = [tuple(t.shape) for t in operand_types]
         labels = [_labels(operand_axes(n, names), s) for n, s in zip(names, shapes, strict=True)]
-        same_heads = (
-            dict(zip(labels[0], shapes[0], strict=True))["N"] == dict(zip(labels[1], shapes[1], strict=True))["K"]
-        )
+        num_heads, num_heads_kv = (shapes[names.index(n)][-2] for n in ("query", "key"))
         factors: list[str] = []
         whole: list[str] = []
 
         def factor(label: str | None) -> str:
-            name = f"one{len(factors)}" if label is None else "n" if label == "K" and same_heads else label.lower()
+            name = (
+                f"one{len(factors)}"
+                if label is None
+                else "n"
+                if label == "K" and num_heads == num_heads_kv
+                else label.lower()
+            )
             if name not in factors:
                 factors.append(name)
                 if not _may_be_divided(label):
@@ -178,9 +182,7 @@ def partitioned(call: Callable, attrs: Attrs, names: tuple[str, ...], is_forward
         def local_call(*arrays):
             operands = dict(zip(names, arrays, strict=True))
             outs = call(*division.local_heads(operands).values())
-            if is_forward:
-                return outs
-            return tuple(division.sum_shared(dict(zip(results, outs, strict=True)), operands).values())
+            return tuple(division.sum_shared(dict(zip(result_axes, outs, strict=True)), operands).values())
 
         def shardings(all_labels):
             return tuple(NamedSharding(mesh, division.spec(labels)) for labels in all_labels)

@@ -305,10 +305,8 @@ def _dropout_state(p_dropout: Any, dropout_key: Any, philox_seed: Any, philox_of
         raise ValueError("give either `dropout_key` or `philox_seed` and `philox_offset`, not both.")
     offset = jnp.uint32(0)
     if philox_seed is not None:
-        dropout_key = _checks.dtype("philox_seed", _checks.array("philox_seed", philox_seed), jnp.uint32)
-        _checks.shape("philox_seed", dropout_key, (2,), "[2]")
-        offset = _checks.dtype("philox_offset", _checks.array("philox_offset", philox_offset), jnp.uint32)
-        _checks.shape("philox_offset", offset, (), "[]")
+        dropout_key = _checks.typed("philox_seed", philox_seed, jnp.uint32, (2,), "[2]")
+        offset = _checks.typed("philox_offset", philox_offset, jnp.uint32, (), "[]")
     keep_threshold, words = _checks.dropout(p_dropout, dropout_key, "p_dropout", needed)
     return _Dropout(keep_threshold, jnp.zeros(2, jnp.uint32) if words is None else words, offset)
 
@@ -390,11 +388,9 @@ def _forward(attrs: Attrs, operands: Arrays, return_softmax: bool, dropout: _Dro
 def _backward(attrs: Attrs, operands: Arrays, dout: Any, out: Any, softmax_lse: Any) -> Backward:
     q, v = operands["query"], operands["value"]
     out_shape, lse_shape = (*q.shape[:-1], v.shape[-1]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    for name, x in (("dout", dout), ("out", out)):
-        x = _checks.dtype(name, _checks.array(name, x), q.dtype)
-        operands["d_out" if name == "dout" else "out"] = _checks.shape(name, x, out_shape, "[..., N, D]")
-    lse = _checks.dtype("softmax_lse", _checks.array("softmax_lse", softmax_lse), jnp.float32)
-    operands["lse"] = _checks.shape("softmax_lse", lse, lse_shape, "[..., N, T]")
-    operands["d_lse"] = jnp.zeros_like(lse)
+    operands["d_out"] = _checks.typed("dout", dout, q.dtype, out_shape, "[..., N, D]")
+    operands["out"] = _checks.typed("out", out, q.dtype, out_shape, "[..., N, D]")
+    operands["lse"] = _checks.typed("softmax_lse", softmax_lse, jnp.float32, lse_shape, "[..., N, T]")
+    operands["d_lse"] = jnp.zeros_like(operands["lse"])
     results = backward(attrs, operands)
     return Backward(results["query"], results["key"], results["value"], results["delta"])

@@ -65,7 +65,7 @@ void drop(const QueryTile& q, int64 keys, Tiles& t) {
     store(t.scores + e, select(load(t.keep + e), load(t.scores + e), VecF{}));
 }
 
-// Calls body(key, keys, kind) for each tile of keys that the block of queries sees, with its scores made.
+// Calls body(key, keys) for each tile of keys that the block of queries sees, with its scores made.
 template <class Body>
 void for_each_tile(const FwdProblem& p, const FwdUnit& unit, const QueryTile& q, Tiles& t, Body body) {
   const Sequence& s = unit.sequence;
