@@ -5,7 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -438,3 +441,33 @@ def test_shard_map_with_a_dropout_key_of_its_own_per_device(rng, mesh, check_vma
     )
     with within(mesh):
         assert_close(jax.jit(mapped)(*place(mesh, args, (BATCH,) * 3), key), jnp.concatenate(expected))
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 4)
+from jax.sharding import PartitionSpec as P
+from jax_flash import flash_attention
+with jax.set_mesh(jax.make_mesh((4,), ("model",))):
+    q = jax.device_put(jnp.ones((1, 4, 8, 8)), P(None, None, "model"))
+    k, v = jnp.ones((2, 1, 4, 2, 8))
+    gradient = jax.grad(lambda q, k, v: flash_attention(q, k, v).sum(), (0, 1, 2))
+    print(jax.jit(gradient).lower(q, k, v).as_text())
+"""
+
+
+def test_every_process_makes_the_same_program(tmp_path):
+    """Processes that disagree on the order of collectives hang; Python's string hashes differ between them."""
+    programs = {
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("0", "1", "2", "3", "4")
+    }
+    assert len(programs) == 1
+    assert "all_reduce" in programs.pop()
