@@ -105,6 +105,11 @@ def forward_axes(attrs: Attrs, operands: tuple[str, ...]) -> dict[str, str]:
     return results
 
 
+def scratch_axes(attrs: Attrs) -> dict[str, str]:
+    """Scratch arrays of the backward call's CUDA kernels, behind its results; BwdProblem has their meaning."""
+    return {"dq_accum": "NTH"} | ({"tickets": "NT"} if attrs.deterministic else {})
+
+
 def backward_axes(operands: tuple[str, ...]) -> dict[str, str]:
     """Results of the backward call and their axes."""
     results = {"query": "TNH", "key": "SKH", "value": "SKD", "delta": "NT"}

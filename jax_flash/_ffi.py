@@ -14,8 +14,8 @@ import jax.export
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jax_flash import _partitioning, compat
-from jax_flash._attrs import MAX_BATCH_AXES, OPERANDS, Attrs, backward_axes, ffi_attributes, forward_axes, operand_axes
+from jax_flash import _cuda, _partitioning, compat
+from jax_flash._attrs import MAX_BATCH_AXES, OPERANDS, Attrs, backward_axes, ffi_attributes, forward_axes, operand_axes, scratch_axes
 
 try:
     from jax_flash import _core
@@ -28,8 +28,10 @@ except ImportError as error:
 FORWARD_TARGET = "jax_flash_fwd"
 BACKWARD_TARGET = "jax_flash_bwd"
 
-for _name, _handler in _core.targets().items():
-    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+_core.set_nvrtc_directories(_cuda.nvrtc_directories())
+for _platform in ("cpu", "CUDA"):
+    for _name, _stages in _core.targets(_platform).items():
+        jax.ffi.register_ffi_target(_name, _stages, platform=_platform)
 
 # For ``jax.export.export(..., disabled_checks=...)``: exported programs may contain these two custom calls.
 DISABLED_CHECKS = tuple(
@@ -61,7 +63,7 @@ def _result_axes(target: str, attrs: Attrs, names: tuple[str, ...]) -> dict[str,
 
 
 def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
-    """Abstract evaluation: the results' shapes and dtypes follow from the operands' alone."""
+    """Abstract evaluation, of scratch arrays too: shapes and dtypes follow from the operands' alone."""
     names = tuple(operands)
     query = operands["query"]
     batch = query.shape[:-3]
@@ -75,10 +77,12 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
     def result_type(name: str, axes: str) -> jax.ShapeDtypeStruct:
         if name == "bias":
             return compat.result_type(operands["bias"].shape, jnp.float32, operands)
-        dtype = jnp.float32 if name in ("lse", "delta", "probs") else query.dtype
+        float32 = name in ("lse", "delta", "probs", "dq_accum")
+        dtype = jnp.float32 if float32 else jnp.int32 if name == "tickets" else query.dtype
         return compat.result_type((*batch, *(sizes[a] for a in axes)), dtype, operands)
 
-    return {name: result_type(name, axes) for name, axes in _result_axes(target, attrs, names).items()}
+    scratch = scratch_axes(attrs) if target == BACKWARD_TARGET else {}
+    return {name: result_type(name, axes) for name, axes in (_result_axes(target, attrs, names) | scratch).items()}
 
 
 @functools.cache
@@ -89,7 +93,7 @@ def _call(target: str, attrs: Attrs, names: tuple[str, ...]):
         operands = dict(zip(names, arrays, strict=True))
         types = _result_types(target, attrs, operands)
         call = jax.ffi.ffi_call(target, tuple(types.values()))
-        return tuple(call(*arrays, **ffi_attributes(attrs, names)))
+        return tuple(call(*arrays, **ffi_attributes(attrs, names)))[: len(results)]
 
     results = _result_axes(target, attrs, names)
     partitioned = _partitioning.partitioned(ffi_call, names, results)

@@ -1,25 +1,84 @@
-"""Eight CPU devices for the sharding tests, and the helpers that most tests share."""
+"""The devices: eight of the CPU for the sharding tests, and a fixture that selects one. Helpers that tests share."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+# The CPU is the default also on a machine with a GPU: in tests that select no device, and in processes that they start.
+# JAX by itself leaves "cuda" out of this list where there is no GPU.
+if "JAX_PLATFORMS" not in os.environ and any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+    os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+    jax.config.update("jax_platforms", "cpu,cuda")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one GPU
 jax.config.update("jax_num_cpu_devices", 8)
+# References that run on the GPU: a float32 product is TF32 there unless told otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _find_gpu() -> jax.Device | None:
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:  # unknown backend
+        return None
+
+
+CPU, GPU = jax.devices("cpu")[0], _find_gpu()
+
+# Of tests that use the fixture `device`, those that make sense on one of the two only.
+CPU_ONLY = pytest.mark.parametrize("device", ["cpu"], indirect=True)
+CUDA_ONLY = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+
+
+@pytest.fixture(params=["cpu"] if GPU is None else ["cpu", "cuda"])
+def device(request):
+    """Makes the CPU, and where there is one also a GPU, JAX's default device: each test runs on both.
+
+    A file selects it for all of its tests: ``pytestmark = pytest.mark.usefixtures("device")``.
+    """
+    selected = {"cpu": CPU, "cuda": GPU}[request.param]
+    if selected is None:
+        pytest.skip("needs an NVIDIA GPU, and JAX's CUDA plugin")
+    with jax.default_device(selected):
+        yield selected
+
+
+def on_gpu() -> bool:
+    """Whether the test at hand runs on the GPU."""
+    return GPU is not None and jax.config.jax_default_device == GPU
+
+
+def kernel_dtype(dtype: Any) -> Any:
+    """``dtype``, or float16 in place of float32 where the device's kernels do not take that."""
+    return jnp.float16 if on_gpu() and dtype == jnp.float32 else dtype
+
+
+def run_on_cpu(function, *args):
+    """``function(*args)`` on the CPU whatever the device under test: for references, which compile faster there."""
+    with jax.default_device(CPU):
+        return function(*jax.device_put(args, CPU))
 
 
 @dataclasses.dataclass
 class Rng:
-    """Fresh random arrays, reproducible by the test's name."""
+    """Fresh random arrays, reproducible by the test's name; ``dtype`` is what the device's kernels take best."""
 
     generator: np.random.Generator
+    dtype: Any = jnp.float32
 
     def normal(self, *shape: int, dtype=jnp.float32) -> jax.Array:
         return jnp.asarray(self.generator.standard_normal(shape), dtype)
+
+    def activations(self, *shape: int) -> jax.Array:
+        """Standard normal, of a dtype that query, key and value may have on the device."""
+        return self.normal(*shape, dtype=self.dtype)
 
     def bernoulli(self, *shape: int, p: float = 0.5) -> jax.Array:
         return jnp.asarray(self.generator.random(shape) < p)
@@ -28,9 +87,10 @@ class Rng:
         """int32 in [low, high]."""
         return jnp.asarray(self.generator.integers(low, high + 1, shape), jnp.int32)
 
-    def qkv(self, batch=2, seqlen_q=24, seqlen_kv=24, heads=4, heads_kv=2, dim=16, dim_v=None, dtype=jnp.float32):
+    def qkv(self, batch=2, seqlen_q=24, seqlen_kv=24, heads=4, heads_kv=2, dim=16, dim_v=None, dtype=None):
         """query [B, T, N, H], key [B, S, K, H], value [B, S, K, D]; no batch axis with batch=()."""
         lead = (batch,) if isinstance(batch, int) else batch
+        dtype = dtype or self.dtype
         return (
             self.normal(*lead, seqlen_q, heads, dim, dtype=dtype),
             self.normal(*lead, seqlen_kv, heads_kv, dim, dtype=dtype),
@@ -40,7 +100,10 @@ class Rng:
 
 @pytest.fixture
 def rng(request) -> Rng:
-    return Rng(np.random.default_rng(list(request.node.name.encode())))
+    if "device" in request.fixturenames:
+        request.getfixturevalue("device")  # selected before the arrays are made
+    name = request.node.name.replace("cuda", "cpu")  # the same numbers on each device
+    return Rng(np.random.default_rng(list(name.encode())), kernel_dtype(jnp.float32))
 
 
 def assert_accurate(actual, reference, low, factor: float = 2.0) -> None:
@@ -68,8 +131,10 @@ def assert_accurate(actual, reference, low, factor: float = 2.0) -> None:
     assert error <= bound, f"error {error:.3g} is above the bound {bound:.3g}"
 
 
-def assert_close(actual, expected, tolerance: float = 2e-5) -> None:
-    """Trees of arrays equal up to float32 rounding."""
+def assert_close(actual, expected, tolerance: float = 2e-5, gpu_tolerance: float = 2e-2) -> None:
+    """Trees of arrays equal up to float32 rounding; on the GPU, whose kernels take 16-bit inputs, up to float16's."""
+    if on_gpu():
+        tolerance = max(tolerance, gpu_tolerance)
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=tolerance, atol=tolerance),
         actual,

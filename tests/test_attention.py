@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_accurate, assert_close, assert_equal
+from conftest import CPU_ONLY, CUDA_ONLY, assert_accurate, assert_close, assert_equal, run_on_cpu
 
 from jax_flash import _core, _reference, dot_product_attention, flash_attention
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # Options of flash_attention beside the same for the reference. Functions of the random generator and the shape.
 OPTIONS = {
@@ -112,13 +114,15 @@ def check_against_reference(rng, shape, option, dtype):
         return _reference.attention(**reference | arrays, dtype=dtype)[:2]
 
     def run(attend):
-        return jax.jit(lambda a, c: value_and_gradients(attend, a, c))(arrays, cotangents)
+        return jax.jit(lambda a, c: value_and_gradients(attend, a, c))
 
-    actual, high = run(flash), run(lambda a: plain(a, jnp.float32))
-    low = high if dtype == jnp.float32 else run(lambda a: plain(a, dtype))
+    actual = run(flash)(arrays, cotangents)
+    high = run_on_cpu(run(lambda a: plain(a, jnp.float32)), arrays, cotangents)
+    low = high if dtype == jnp.float32 else run_on_cpu(run(lambda a: plain(a, dtype)), arrays, cotangents)
     return actual, high, low
 
 
+@CPU_ONLY
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32(rng, shape, option):
@@ -127,19 +131,37 @@ def test_float32(rng, shape, option):
     assert_close(actual, expected, 1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("option", ["plain", "causal", "softcap", "sinks", "bias", "everything"])
-def test_low_precision(rng, option, dtype):
-    (out, lse, grads), high, low = check_against_reference(rng, SHAPES["odd"], option, dtype)
+def check_low_precision(rng, shape, option, dtype):
+    (out, lse, grads), high, low = check_against_reference(rng, shape, option, dtype)
     factor = 3.0 if option in ("softcap", "everything") else 2.0
     assert out.dtype == dtype and lse.dtype == jnp.float32
     assert_accurate(out, high[0], low[0], factor)
-    assert_close(lse, high[1], 1e-3)
+    assert_close(lse, high[1], 1e-3, gpu_tolerance=1e-3)
     for name, gradient in grads.items():
         assert gradient.dtype == (dtype if name in ("query", "key", "value") else jnp.float32)
         assert_accurate(gradient, high[2][name], low[2][name], factor)
 
 
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+
+
+@CPU_ONLY
+@DTYPES
+@pytest.mark.parametrize("option", ["plain", "causal", "softcap", "sinks", "bias", "everything"])
+def test_low_precision(rng, option, dtype):
+    check_low_precision(rng, SHAPES["odd"], option, dtype)
+
+
+@CUDA_ONLY
+@DTYPES
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_low_precision_of_every_option(rng, shape, option, dtype):
+    """The whole matrix of ``test_float32``, in what the GPU's kernels take."""
+    check_low_precision(rng, SHAPES[shape], option, dtype)
+
+
+@CPU_ONLY
 @pytest.mark.parametrize("instruction_set", _core.instruction_sets())
 @pytest.mark.parametrize("option", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["float32", "bfloat16", "float16"])
@@ -156,6 +178,7 @@ def test_instruction_sets(rng, instruction_set, option, dtype):
         assert_accurate(actual[0], expected[0], low[0], 3.0)
 
 
+@CPU_ONLY
 @pytest.mark.parametrize("seqlen", [16, 300], ids=["one thread", "threads"])
 def test_subnormal_float16(rng, seqlen):
     """Gradients of a mean are subnormal float16; XLA's threads flush subnormal float32 to zero, these must not be."""
@@ -173,7 +196,7 @@ def test_large_soft_cap(rng, cap):
     """Far from the cap the scores are what they are without one."""
     q, k, v = rng.qkv(seqlen_kv=100)
     capped = flash_attention(q, k, v, logits_soft_cap=cap, return_lse=True)
-    expected = _reference.attention(q, k, v, logits_soft_cap=cap)[:2]
+    expected = run_on_cpu(lambda *qkv: _reference.attention(*qkv, logits_soft_cap=cap)[:2], q, k, v)
     assert_close(capped[1], expected[1], 1e-5)
     assert_close(capped[0], expected[0], 1e-5)
 
@@ -183,7 +206,7 @@ def test_row_that_sees_no_key_beside_nan(rng, cap):
     """Such a row is 0, and so is its gradient, though other rows of its tile see a key that is NaN."""
     q, k, v = rng.qkv()
     mask = jnp.ones((1, 1, 24, 24), bool).at[:, :, 3].set(False)
-    poison = jnp.zeros((2, 24, 2, 1)).at[:, 5].set(jnp.nan)
+    poison = jnp.zeros((2, 24, 2, 1), k.dtype).at[:, 5].set(jnp.nan)
 
     def attend(q):
         return flash_attention(q, k + poison, v + poison, mask=mask, logits_soft_cap=cap, return_lse=True)
@@ -201,11 +224,25 @@ def test_unknown_instruction_set():
         _core.use_instruction_set("mmx")
 
 
+@CPU_ONLY
 @pytest.mark.parametrize("dim", [1, 3, 8, 16, 17, 64, 80, 96, 128, 200, 256])
 def test_head_dims(rng, dim):
     shape = Shape(1, 70, 66, 2, 1, dim, max(1, 256 - dim))
     actual, expected, _ = check_against_reference(rng, shape, "causal", jnp.float32)
     assert_close(actual, expected, 1e-4)
+
+
+HEAD_DIMS = [(n, n) for n in (1, 8, 17, 24, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 255, 256)]
+HEAD_DIMS += [(192, 128), (64, 256), (256, 64), (128, 192), (96, 32), (40, 59), (24, 80), (255, 1), (1, 255)]
+
+
+@CUDA_ONLY
+@DTYPES
+@pytest.mark.parametrize("option", ["plain", "causal", "window_causal", "everything"])
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=lambda dims: "{}-{}".format(*dims))
+def test_low_precision_head_dims(rng, dims, option, dtype):
+    """More than one tile of queries and keys, the last one ragged, at every tile width and between them."""
+    check_low_precision(rng, Shape(2, 203, 277, 4, 2, *dims), option, dtype)
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 3)])
@@ -230,6 +267,7 @@ def test_grouped_heads_pair_as_documented(rng):
     assert_close(flash_attention(q, k, v), flash_attention(q, *repeated))
 
 
+@CPU_ONLY
 def test_float64_reference_agrees(rng):
     """The reference itself, against float64: its float32 error is far below what the tests allow."""
     q, k, v = rng.qkv(seqlen_kv=100)

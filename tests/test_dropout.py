@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, assert_equal
+from conftest import CPU_ONLY, CUDA_ONLY, assert_close, assert_equal, run_on_cpu
 
 from jax_flash import _core, _reference, flash_api, flash_attention, flash_attention_varlen
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def philox_4x32_7(counter, key):
@@ -43,25 +45,43 @@ def test_philox_known_answer():
     assert words == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
 
 
-@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
-def test_bits(rng, instruction_set, rate):
+def check_bits(rng, rate):
     """Forward and backward use exactly the documented mask."""
     q, k, v = rng.qkv(batch=2, seqlen_q=90, seqlen_kv=150)
     key = jax.random.key(3)
     keep = keep_mask(key, rate, 2, 4, 90, 150)
-    d_out = rng.normal(*q.shape)
+    d_out = rng.activations(*q.shape)
+
+    def reference(keep, d_out, *qkv):
+        out, vjp = jax.vjp(
+            lambda *qkv: _reference.attention(*qkv, keep=keep, keep_probability=threshold(rate) / 256)[0], *qkv
+        )
+        return out, vjp(d_out.astype(out.dtype))
+
+    actual, vjp = jax.vjp(lambda *qkv: flash_attention(*qkv, dropout_rate=rate, dropout_key=key), q, k, v)
+    expected, gradients = run_on_cpu(reference, keep, d_out, q, k, v)
+    assert_close(actual, expected, 1e-4)
+    assert_close(vjp(d_out), gradients, 1e-3)
+
+
+RATES = pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
+@RATES
+def test_bits(rng, instruction_set, rate):
     _core.use_instruction_set(instruction_set)
     try:
-        actual = jax.vjp(lambda *a: flash_attention(*a, dropout_rate=rate, dropout_key=key), q, k, v)
-        gradients = actual[1](d_out)
+        check_bits(rng, rate)
     finally:
         _core.use_instruction_set(_core.instruction_sets()[0])
-    expected, vjp = jax.vjp(
-        lambda *a: _reference.attention(*a, keep=keep, keep_probability=threshold(rate) / 256)[0], q, k, v
-    )
-    assert_close(actual[0], expected, 1e-4)
-    assert_close(gradients, vjp(d_out), 1e-3)
+
+
+@CUDA_ONLY
+@RATES
+def test_bits_on_the_gpu(rng, rate):
+    check_bits(rng, rate)
 
 
 def test_varlen_mask_is_that_of_a_padded_batch(rng):
@@ -109,7 +129,7 @@ def test_expectation_is_kept(rng):
     """The mean over many keys approaches the result without dropout: kept values are scaled by the effective rate."""
     q, k, v = rng.qkv(batch=1, seqlen_q=8, seqlen_kv=32)
     keys = jax.random.split(jax.random.key(1), 4000)
-    outs = jax.vmap(lambda key: flash_attention(q, k, v, dropout_rate=0.3, dropout_key=key))(keys)
+    outs = jax.vmap(lambda key: flash_attention(q, k, v, dropout_rate=0.3, dropout_key=key).astype(jnp.float32))(keys)
     deviation = np.asarray(outs.std(0) / np.sqrt(len(keys)))
     assert np.all(np.abs(np.asarray(outs.mean(0) - flash_attention(q, k, v))) < 6 * deviation + 1e-6)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, assert_equal
+from conftest import assert_close, assert_equal, run_on_cpu
 
 from jax_flash import _reference, flash_attention, paged_attention
+
+pytestmark = pytest.mark.usefixtures("device")
 
 LENGTHS = (37, 0, 80, 5)
 SLOPES = jnp.float32([0.1, 0.2, 0.3, 0.4])
@@ -36,29 +38,36 @@ def make_cache(rng, page_size, dim=16, dim_v=16):
         for b, length in enumerate(LENGTHS):
             for j in range(length):
                 pages[table[b, j // page_size], j % page_size] = rows[b, j]
-        cache.append((jnp.asarray(rows), jnp.asarray(pages)))
+        cache.append((jnp.asarray(rows, rng.dtype), jnp.asarray(pages, rng.dtype)))
     for b, length in enumerate(LENGTHS):  # entries past the length may be anything
         table[b, -(-length // page_size) :] = 10**6 * (-1) ** b
     return *zip(*cache, strict=True), jnp.asarray(table, jnp.int32), jnp.asarray(LENGTHS, jnp.int32)
+
+
+def reference(q, rows, lengths, **options):
+    """(out, lse) over contiguous keys and values."""
+    return run_on_cpu(
+        lambda q, k, v, lengths: _reference.attention(q, k, v, key_value_seq_lengths=lengths, **options)[:2],
+        *(q, *rows, lengths),
+    )
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 100])
 @pytest.mark.parametrize("seqlen_q", [1, 6])
 def test_page_sizes(rng, page_size, seqlen_q):
     rows, pages, table, lengths = make_cache(rng, page_size, 24, 40)
-    q = rng.normal(len(LENGTHS), seqlen_q, 4, 24)
+    q = rng.activations(len(LENGTHS), seqlen_q, 4, 24)
     actual = paged_attention(q, *pages, table, lengths, return_lse=True)
-    expected = _reference.attention(q, *rows, key_value_seq_lengths=lengths, window=(-1, 0))[:2]
-    assert_close(actual, expected)
+    assert_close(actual, reference(q, rows, lengths, **CAUSAL))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_options(rng, option, packed):
-    ours, reference = OPTIONS[option]
+    ours, theirs = OPTIONS[option]
     rows, pages, table, lengths = make_cache(rng, 16)
-    q = rng.normal(len(LENGTHS), 5, 4, 16)
-    expected = _reference.attention(q, *rows, key_value_seq_lengths=lengths, **reference)[:2]
+    q = rng.activations(len(LENGTHS), 5, 4, 16)
+    expected = reference(q, rows, lengths, **theirs)
     if not packed:
         assert_close(paged_attention(q, *pages, table, lengths, **ours, return_lse=True), expected)
         return
@@ -74,13 +83,11 @@ def test_packed_queries_of_different_lengths(rng):
     rows, pages, table, lengths = make_cache(rng, 8)
     counts = [10, 0, 1, 5]
     at = np.concatenate([[0], np.cumsum(counts)])
-    q = rng.normal(sum(counts) + 2, 4, 16)
+    q = rng.activations(sum(counts) + 2, 4, 16)
     out = paged_attention(q, *pages, table, lengths, cu_seqlens_q=jnp.asarray(at, jnp.int32), max_seqlen_q=10)
     for b, count in enumerate(counts):
         one = slice(b, b + 1)
-        expected = _reference.attention(
-            q[at[b] : at[b + 1]][None], rows[0][one], rows[1][one], key_value_seq_lengths=lengths[one], window=(-1, 0)
-        )[0][0]
+        expected = reference(q[at[b] : at[b + 1]][None], [x[one] for x in rows], lengths[one], **CAUSAL)[0][0]
         assert_close(out[at[b] : at[b] + count], expected)
     np.testing.assert_array_equal(out[sum(counts) :], 0)
 

@@ -15,11 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from conftest import kernel_dtype, run_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_flash import flash_attention, flash_attention_varlen, paged_attention
 from jax_flash._reference import attention, visible
+
+pytestmark = pytest.mark.usefixtures("device")
 
 BATCH, HEADS, LENGTH, DIM = 4, 4, 152, 256  # the reference's sizes
 
@@ -62,7 +66,8 @@ def cases(draw) -> Case:
     options["local_window_size"] = draw(st.one_of(st.none(), st.integers(0, 70), st.tuples(sides, sides)))
     options["scale"] = draw(st.sampled_from([None, None, 0.3, -0.1, 0.0]))
     options["logits_soft_cap"] = draw(st.sampled_from([None, None, 0.5, 10.0]))
-    case = Case(np.random.default_rng(draw(st.integers(0, 99))), draw(dtypes), heads, heads_kv, dim, dim_v, options)
+    rng, dtype = np.random.default_rng(draw(st.integers(0, 99))), kernel_dtype(draw(dtypes))
+    case = Case(rng, dtype, heads, heads_kv, dim, dim_v, options)
     if draw(st.booleans()):
         options["sinks"] = case.normal(heads, dtype=jnp.float32)
     return case
@@ -186,8 +191,9 @@ def check(case: Case, actual: dict, expected: dict, low: dict) -> None:
 
 def compare(case: Case, actual: dict, expected_of) -> None:
     """``expected_of(dtype)`` is the reference in that arithmetic."""
-    expected = expected_of(jnp.float32)
-    check(case, actual, expected, expected if case.dtype == jnp.float32 else expected_of(case.dtype))
+    expected = run_on_cpu(lambda: expected_of(jnp.float32))
+    low = expected if case.dtype == jnp.float32 else run_on_cpu(lambda: expected_of(case.dtype))
+    check(case, actual, expected, low)
 
 
 # ---- dense ----

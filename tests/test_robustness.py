@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, assert_equal
+from conftest import CPU_ONLY, assert_close, assert_equal, kernel_dtype, run_on_cpu
 
 from jax_flash import flash_attention, flash_attention_varlen, paged_attention
 from jax_flash._attrs import OPERANDS, Attrs, ffi_attributes
 from jax_flash._reference import attention
+
+pytestmark = pytest.mark.usefixtures("device")
 
 NAN, INF = float("nan"), float("inf")
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -32,18 +34,22 @@ def run(call, *arrays, cotangents):
     @jax.jit
     def run(arrays, cotangents):
         results, vjp = jax.vjp(call, *arrays)
-        return results, vjp(cotangents)
+        return results, vjp(jax.tree.map(lambda c, r: c.astype(r.dtype), cotangents, results))
 
     return run(arrays, cotangents)
 
 
 def attend(**options):
-    """``flash_attention(q, k, v[, bias])`` with its lse."""
-    return lambda q, k, v, bias=None: flash_attention(q, k, v, bias=bias, return_lse=True, **options)
+    """``flash_attention(q, k, v[, bias])`` with its lse; deterministic, so that results can be compared bit by bit."""
+    options = {"deterministic": True, "return_lse": True, **options}
+    return lambda q, k, v, bias=None: flash_attention(q, k, v, bias=bias, **options)
 
 
-def reference(**options):
-    return lambda q, k, v, bias=None: attention(q, k, v, bias=bias, **options)[:2]
+def run_reference(*arrays, cotangents, **options):
+    def call(q, k, v, bias=None):
+        return attention(q, k, v, bias=bias, **options)[:2]
+
+    return run_on_cpu(lambda arrays, cotangents: run(call, *arrays, cotangents=cotangents), arrays, cotangents)
 
 
 def cotangents_of(rng, q, v):
@@ -97,7 +103,7 @@ def assert_padding_is_not_read(call, arrays, cotangents, used_rows, used_cotange
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_unused_rows_past_the_lengths(rng, options, dtype):
-    q, k, v = rng.qkv(4, 70, 80, dim=8, dim_v=12, dtype=dtype)
+    q, k, v = rng.qkv(4, 70, 80, dim=8, dim_v=12, dtype=kernel_dtype(dtype))
     bias = rng.normal(4, 4, 70, 80)
     lengths_q, lengths_kv = ints(70, 0, 5, 66), ints(3, 80, 0, 65)
     call = attend(query_seq_lengths=lengths_q, key_value_seq_lengths=lengths_kv, **options)
@@ -124,7 +130,7 @@ def test_unused_rows_of_packed_sequences(rng, options):
     def call(q, k, v):
         return flash_attention_varlen(
             q, k, v, ints(*offsets_q), ints(*offsets_kv), max_seqlen_q=66, max_seqlen_kv=68, seqused_kv=ints(*used_kv),
-            return_lse=True, **options,
+            deterministic=True, return_lse=True, **options,
         )  # fmt: skip
 
     rows, keys, sees_a_key = np.zeros(100, bool), np.zeros(110, bool), np.zeros(100, bool)
@@ -139,7 +145,7 @@ def test_unused_rows_of_packed_sequences(rng, options):
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF])
 def test_unused_pages(rng, garbage):
     """Pages of no sequence, the tail of a last page, and invalid indices behind a sequence's length."""
-    q, pages = rng.normal(3, 2, 4, 8), rng.normal(2, 9, 4, 2, 8)
+    q, pages = rng.activations(3, 2, 4, 8), rng.activations(2, 9, 4, 2, 8)
     lengths = ints(9, 0, 4)
     table = ints([1, 3, 5, INT_MAX], [INT_MIN, -1, 9, 0], [7, -5, 2**20, 8])
     used = np.zeros((9, 4), bool)
@@ -206,20 +212,17 @@ def test_head_dims(rng, case):
     def pad(x):
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 256 - x.shape[-1])])
 
-    padded, vjp = _padded_reference(pad(q), pad(k), pad(v), 1 / dim**0.5)
-    gradients = _apply(vjp, (pad(cotangents[0]), cotangents[1]))
+    padded, gradients = run_on_cpu(
+        _padded_reference, pad(q), pad(k), pad(v), 1 / dim**0.5, (pad(cotangents[0]), cotangents[1])
+    )
     cut = (gradients[0][..., :dim], gradients[1][..., :dim], gradients[2][..., :dim_v])
     assert_close(actual, ((padded[0][..., :dim_v], padded[1]), cut))
 
 
 @jax.jit
-def _padded_reference(q, k, v, scale):
-    return jax.vjp(lambda q, k, v: attention(q, k, v, scale=scale, window=(-1, 0))[:2], q, k, v)
-
-
-@jax.jit
-def _apply(vjp, cotangents):
-    return vjp(cotangents)
+def _padded_reference(q, k, v, scale, cotangents):
+    results, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, scale=scale, window=(-1, 0))[:2], q, k, v)
+    return results, vjp(jax.tree.map(lambda c, r: c.astype(r.dtype), cotangents, results))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_empty_single_and_prime_lengths(rng, batch, seqlen_q, seqlen_kv, causal)
     arrays = (*rng.qkv(batch, seqlen_q, seqlen_kv), rng.normal(1, 4, seqlen_q, seqlen_kv))
     cotangents = cotangents_of(rng, arrays[0], arrays[2])
     actual = run(attend(is_causal=causal), *arrays, cotangents=cotangents)
-    expected = run(reference(window=(-1, 0 if causal else -1)), *arrays, cotangents=cotangents)
+    expected = run_reference(*arrays, cotangents=cotangents, window=(-1, 0 if causal else -1))
     assert_close(actual, expected)
 
 
@@ -252,7 +255,7 @@ def test_empty_packed_sequences(rng, total_q, total_kv, num_sequences):
     "batch, seqlen_q, num_pages, max_pages", [(0, 1, 3, 2), (2, 0, 3, 2), (2, 1, 0, 2), (2, 1, 3, 0), (2, 1, 1, 1)]
 )
 def test_empty_pages(rng, batch, seqlen_q, num_pages, max_pages):
-    q, pages = rng.normal(batch, seqlen_q, 4, 8), rng.normal(2, num_pages, 3, 2, 8)
+    q, pages = rng.activations(batch, seqlen_q, 4, 8), rng.activations(2, num_pages, 3, 2, 8)
     results = paged_attention(
         q, *pages, jnp.zeros((batch, max_pages), jnp.int32), jnp.zeros(batch, jnp.int32), return_lse=True
     )
@@ -277,7 +280,7 @@ def test_split_keys(rng, options, bias):
     left, right = options.get("local_window_size", (-1, 0 if options.get("is_causal") else -1))
     lengths = options.get("key_value_seq_lengths")
     actual = run(attend(**options), *arrays, cotangents=cotangents)
-    expected = run(reference(window=(left, right), key_value_seq_lengths=lengths), *arrays, cotangents=cotangents)
+    expected = run_reference(*arrays, cotangents=cotangents, window=(left, right), key_value_seq_lengths=lengths)
     assert_close(actual, expected, 1e-4)
 
 
@@ -308,7 +311,7 @@ def test_extreme_bias(rng, name, softcap):
     bias = jnp.asarray(np.broadcast_to(_biases((1, 4, 9, 140))[name], (1, 4, 9, 140)))
     cotangents = cotangents_of(rng, q, v)
     actual = run(attend(logits_soft_cap=softcap), q, k, v, bias, cotangents=cotangents)
-    expected = run(reference(logits_soft_cap=softcap), q, k, v, bias, cotangents=cotangents)
+    expected = run_reference(q, k, v, bias, cotangents=cotangents, logits_soft_cap=softcap)
     for x, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         is_nan = np.isnan(e)
         assert not np.isnan(np.where(is_nan, 0, x)).any()  # no NaN where the reference has none
@@ -319,12 +322,12 @@ def test_extreme_bias(rng, name, softcap):
 def test_large_scores(rng, sign):
     """Products of +-1e4: one key takes all the weight, and the gradients are those of taking it."""
     q, k, v = rng.qkv(1, 40, 70, heads=2, heads_kv=2, dim=8)
-    k = k.at[..., 0].set(sign * jnp.arange(70.0)[None, :, None] * 150)
+    k = k.at[..., 0].set((sign * jnp.arange(70.0)[None, :, None] * 150).astype(k.dtype))
     q = q.at[..., 0].set(3.0)
     (out, lse), gradients = run(attend(), q, k, v, cotangents=cotangents_of(rng, q, v))
     top = 69 if sign > 0 else 0
     assert_close(out, jnp.broadcast_to(v[:, top, None], out.shape))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 8**0.5
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / 8**0.5
     np.testing.assert_allclose(lse, scores.max(-1), rtol=1e-6, atol=1e-3)
     assert all(np.isfinite(g).all() for g in gradients)
     assert not np.delete(np.asarray(gradients[2]), top, axis=1).any()
@@ -363,7 +366,7 @@ def _run_varlen(q, k, v, offsets_q, offsets_kv, used, cotangents):
     def call(q, k, v):
         return flash_attention_varlen(
             q, k, v, offsets_q, offsets_kv, max_seqlen_q=70, max_seqlen_kv=70, seqused_kv=used, is_causal=True,
-            return_lse=True,
+            deterministic=True, return_lse=True,
         )  # fmt: skip
 
     results, vjp = jax.vjp(call, q, k, v)
@@ -381,7 +384,7 @@ def test_out_of_range_lengths(rng):
 
 
 def test_out_of_range_pages(rng):
-    q, pages = rng.normal(6, 3, 4, 8), rng.normal(2, 5, 16, 2, 8)
+    q, pages = rng.activations(6, 3, 4, 8), rng.activations(2, 5, 16, 2, 8)
     offsets = ints(0, 4, INT_MAX, -7)
     lengths = ints(64, INT_MAX, 17, -1, INT_MIN, 65)
     table = ints(*[[INT_MIN, -1, 5, INT_MAX]] * 6)
@@ -398,6 +401,7 @@ def test_out_of_range_pages(rng):
 
 T, S, N, K, H = 3, 5, 4, 2, 8
 F32 = jnp.float32
+ACTIVATIONS = ("query", "key", "value", "out", "d_out")
 ABSENT = object()
 
 
@@ -493,9 +497,12 @@ MISUSE = [
 
 
 def ffi_call(target, operands, results, attributes):
-    """The custom call with whatever it is given."""
+    """The custom call with whatever it is given, but for the dtype of activations, which the device decides."""
     operands = {n: operands[n] for n in OPERANDS if operands.get(n, ABSENT) is not ABSENT}  # in the order of the call
-    results = [jax.ShapeDtypeStruct(*x) for x in results.values() if x is not ABSENT]
+    operands = {n: x.astype(kernel_dtype(x.dtype)) if n in ACTIVATIONS else x for n, x in operands.items()}
+    results = {n: x for n, x in results.items() if x is not ABSENT}
+    results = [(x, kernel_dtype(dtype) if n in ACTIVATIONS else dtype) for n, (x, dtype) in results.items()]
+    results = [jax.ShapeDtypeStruct(*x) for x in results]
     attributes = {**ffi_attributes(Attrs(scale=1.0), tuple(operands)), **attributes}
     attributes = {n: x for n, x in attributes.items() if x is not ABSENT}
     jax.block_until_ready(jax.ffi.ffi_call(target, results)(*operands.values(), **attributes))
@@ -521,7 +528,7 @@ def test_results_are_bitwise_the_same_under_load(rng):
     """50 runs in each of five threads at once: GQA, a shared bias, and keys that are split among the threads."""
     q, k, v = rng.qkv(1, 130, 600, heads=4, heads_kv=1, dim=16)
     arrays = (q, k, v, rng.normal(1, 4, 1, 600))
-    results = rng.normal(*q.shape), rng.normal(1, 4, 130)
+    results = rng.activations(*q.shape), rng.normal(1, 4, 130)
     call = attend(is_causal=True, dropout_rate=0.2, dropout_key=jax.random.key(0), deterministic=True)
 
     @jax.jit
@@ -543,7 +550,7 @@ _LARGE = (2048, 4096, 16384)
 
 
 def _compiled_gradient(seqlen: int, **options):
-    shape = jax.ShapeDtypeStruct((1, seqlen, 2, 64), jnp.float32)
+    shape = jax.ShapeDtypeStruct((1, seqlen, 2, 64), kernel_dtype(jnp.float32))
     gradient = jax.grad(lambda q, k, v: sum(x.sum() for x in attend(**options)(q, k, v)), argnums=(0, 1, 2))
     return jax.jit(gradient).lower(shape, shape, shape).compile()
 
@@ -565,6 +572,7 @@ def test_memory_is_linear_in_the_length(options):
     assert max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes) < shortest**2
 
 
+@CPU_ONLY
 def test_resident_memory_is_linear_in_the_length(tmp_path):
     """What the calls allocate for themselves, which XLA does not see: a [T, S] matrix would be 16 GB."""
     program = """if True:
@@ -584,10 +592,11 @@ def test_resident_memory_is_linear_in_the_length(tmp_path):
     assert float(done.stdout) < 400  # MiB, of which the arrays themselves are 40
 
 
+@CPU_ONLY
 def test_in_dirty_memory(tmp_path):
     """In a process of its own, whose fresh memory holds large floats: crashes and unwritten results are noticed."""
     dirty = {**os.environ, "MALLOC_PERTURB_": "128", "MALLOC_MMAP_MAX_": "0"}
-    chosen = "out_of_range or unused or empty or misuse"
+    chosen = "(out_of_range or unused or empty or misuse) and not cuda"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(command, cwd=tmp_path, env=dirty, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

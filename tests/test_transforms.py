@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, assert_equal
+from conftest import CPU_ONLY, assert_close, assert_equal
 
 from jax_flash import _reference, flash_attention, flash_attention_varlen, paged_attention
+
+pytestmark = pytest.mark.usefixtures("device")
 
 FORWARD, BACKWARD = "jax_flash_fwd", "jax_flash_bwd"
 Arrays = dict[str, jax.Array]
@@ -51,9 +53,9 @@ def with_vjp(function):
 
 def dense_examples(rng) -> Arrays:
     return {
-        "query": rng.normal(3, 2, 6, 4, 8),
-        "key": rng.normal(3, 2, 9, 2, 8),
-        "value": rng.normal(3, 2, 9, 2, 8),
+        "query": rng.activations(3, 2, 6, 4, 8),
+        "key": rng.activations(3, 2, 9, 2, 8),
+        "value": rng.activations(3, 2, 9, 2, 8),
         "bias": rng.normal(3, 1, 4, 6, 9),
         "mask": rng.bernoulli(3, 2, 1, 6, 9, p=0.8),
         "alibi_slopes": jnp.abs(rng.normal(3, 4)),
@@ -68,9 +70,9 @@ def dense_examples(rng) -> Arrays:
 
 def varlen_examples(rng) -> Arrays:
     return {
-        "query": rng.normal(3, 12, 4, 8),
-        "key": rng.normal(3, 16, 2, 8),
-        "value": rng.normal(3, 16, 2, 8),
+        "query": rng.activations(3, 12, 4, 8),
+        "key": rng.activations(3, 16, 2, 8),
+        "value": rng.activations(3, 16, 2, 8),
         "cu_seqlens_q": jnp.int32([[0, 5, 5, 12], [0, 3, 8, 10], [0, 0, 7, 12]]),
         "cu_seqlens_kv": jnp.int32([[0, 4, 9, 16], [0, 6, 6, 15], [0, 5, 11, 16]]),
         "seqused_kv": jnp.int32([[4, 3, 6], [2, 1, 7], [5, 6, 2]]),
@@ -82,9 +84,9 @@ def varlen_examples(rng) -> Arrays:
 
 def paged_examples(rng) -> Arrays:
     return {
-        "query": rng.normal(3, 2, 3, 4, 8),
-        "key_pages": rng.normal(3, 7, 4, 2, 8),
-        "value_pages": rng.normal(3, 7, 4, 2, 8),
+        "query": rng.activations(3, 2, 3, 4, 8),
+        "key_pages": rng.activations(3, 7, 4, 2, 8),
+        "value_pages": rng.activations(3, 7, 4, 2, 8),
         "page_table": rng.integers(0, 6, 3, 2, 3),
         "key_value_seq_lengths": jnp.int32([[12, 5], [8, 4], [3, 11]]),
         "alibi_slopes": jnp.abs(rng.normal(3, 4)),
@@ -94,7 +96,7 @@ def paged_examples(rng) -> Arrays:
 
 def paged_packed_examples(rng) -> Arrays:
     offsets = jnp.int32([[0, 2, 6], [0, 5, 5], [0, 1, 4]])
-    return paged_examples(rng) | {"query": rng.normal(3, 6, 4, 8), "cu_seqlens_q": offsets}
+    return paged_examples(rng) | {"query": rng.activations(3, 6, 4, 8), "cu_seqlens_q": offsets}
 
 
 def dense(operands: Arrays):
@@ -185,7 +187,7 @@ def test_vmap_along_any_axis(rng, in_axis, out_axis):
 
 def test_nested_vmap_with_operands_shared_on_either_level(rng):
     """The query is mapped by both levels, key and value by the inner one, the bias by the outer one."""
-    q, (_, k, v), bias = rng.normal(3, 2, 2, 6, 4, 16), rng.qkv((2, 2), 6, 9), rng.normal(3, 1, 4, 6, 9)
+    q, (_, k, v), bias = rng.activations(3, 2, 2, 6, 4, 16), rng.qkv((2, 2), 6, 9), rng.normal(3, 1, 4, 6, 9)
 
     def call(q, k, v, bias):
         return flash_attention(q, k, v, bias=bias)
@@ -267,13 +269,13 @@ expected_layers = with_vjp(functools.partial(unrolled, reference))
 
 @pytest.mark.parametrize("layers", [scanned, scanned_with_remat, fori, conditional])
 def test_control_flow(rng, layers):
-    args = rng.normal(2, 6, 4, 16), rng.normal(3, 2, 9, 2, 16), rng.normal(3, 2, 9, 2, 16)
+    args = rng.activations(2, 6, 4, 16), rng.activations(3, 2, 9, 2, 16), rng.activations(3, 2, 9, 2, 16)
     assert_close(with_vjp(layers)(*args), expected_layers(*args), 1e-4)
 
 
 def test_while_loop(rng):
     """A number of layers that is known only when running, forward only."""
-    x, k, v = rng.normal(2, 6, 4, 16), rng.normal(3, 2, 9, 2, 16), rng.normal(3, 2, 9, 2, 16)
+    x, k, v = rng.activations(2, 6, 4, 16), rng.activations(3, 2, 9, 2, 16), rng.activations(3, 2, 9, 2, 16)
     layers = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: x + attend(x, k[i], v[i]), x))
     assert_close(layers(3), unrolled(attend, x, k, v))
 
@@ -296,13 +298,14 @@ def test_saving_out_and_lse_spares_the_second_forward(rng, remat, forward_calls)
     def layers(x, k, v):
         return jax.lax.scan(remat(layer) if remat else layer, x, (k, v))[0]
 
-    args = rng.normal(2, 6, 4, 16), rng.normal(3, 2, 9, 2, 16), rng.normal(3, 2, 9, 2, 16)
+    args = rng.activations(2, 6, 4, 16), rng.activations(3, 2, 9, 2, 16), rng.activations(3, 2, 9, 2, 16)
     compiled = with_vjp(layers).lower(*args).compile()
     assert num_calls(compiled, FORWARD) == forward_calls
     assert num_calls(compiled, BACKWARD) == 1
     assert_close(compiled(*args), expected_layers(*args), 1e-4)
 
 
+@CPU_ONLY
 def test_pmap(rng):
     q, k, v = rng.qkv((8, 1), 6, 9)
     assert_close(jax.pmap(attend)(q, k, v), attend(q.squeeze(1), k.squeeze(1), v.squeeze(1))[:, None])
@@ -365,6 +368,7 @@ def test_numpy_operands(rng, kind):
     assert_close(with_gradients(call, raw), with_gradients(call, operands))
 
 
+@CPU_ONLY
 @pytest.mark.parametrize("kind", KINDS)
 def test_lowering_for_cuda_from_a_cpu_host(rng, kind):
     call, make_examples, _ = KINDS[kind]
@@ -406,11 +410,12 @@ CONTEXTS = {
 }
 
 
+@CPU_ONLY
 @pytest.mark.parametrize("derivative_is", ["inside", "outside"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_what_has_no_rule_says_so(rng, derivative, context, derivative_is):
-    x = rng.normal(1, 3, 2, 4)
+    x = rng.activations(1, 3, 2, 4)
     differentiate, message = DERIVATIVES[derivative]
     wrap = CONTEXTS[context]
 
@@ -448,6 +453,7 @@ def test_paged_attention_has_no_gradient(rng, kind, name, context):
         CONTEXTS[context](gradient)(operands[name])
 
 
+@CPU_ONLY
 def test_many_calls_in_flight(rng):
     """Handlers run on the pool that does their work: one that waited for it would stop the process for good."""
     args = rng.qkv(4, 64, 64, heads=4)

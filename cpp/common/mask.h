@@ -21,15 +21,15 @@ static constexpr MaskRule make_mask_rule(int64 seqlen_q, int64 seqlen_kv, int32 
   return {int32(seqlen_q), int32(seqlen_kv), window_left, window_right, bottom_right ? int32(seqlen_kv - seqlen_q) : 0};
 }
 
-// Half-open range of keys.
-struct KeyRange {
+// Half-open range of positions: keys that a row sees, or rows that see a key.
+struct Range {
   int32 begin;
   int32 end;
 };
 
 // Keys that row `row` sees. Both ends never decrease from one row to the next: the block questions rest on that.
 // int64 inside: row + offset + window may pass 2^31.
-static constexpr KeyRange visible_keys(const MaskRule& rule, int32 row) {
+static constexpr Range visible_keys(const MaskRule& rule, int32 row) {
   const int64 diagonal = int64(row) + rule.offset;
   const int64 begin = rule.window_left < 0 ? 0 : diagonal - rule.window_left;
   const int64 end = rule.window_right < 0 ? rule.seqlen_kv : diagonal + rule.window_right + 1;
@@ -37,8 +37,17 @@ static constexpr KeyRange visible_keys(const MaskRule& rule, int32 row) {
 }
 
 // Keys that at least one row of [row_begin, row_end) sees. The range may be empty (begin >= end).
-static constexpr KeyRange visible_keys(const MaskRule& rule, int32 row_begin, int32 row_end) {
+static constexpr Range visible_keys(const MaskRule& rule, int32 row_begin, int32 row_end) {
   return {visible_keys(rule, row_begin).begin, visible_keys(rule, row_end - 1).end};
+}
+
+// The same seen from a key: rows that see it. Both ends never decrease from one key to the next.
+static constexpr Range visible_rows(const MaskRule& rule, int32 key) {
+  const int64 diagonal = int64(key) - rule.offset;
+  const int64 begin = rule.window_right < 0 ? 0 : diagonal - rule.window_right;
+  const int64 end = rule.window_left < 0 ? rule.seqlen_q : diagonal + rule.window_left + 1;
+  if (key >= rule.seqlen_kv) return {rule.seqlen_q, rule.seqlen_q};
+  return {int32(clamp_to<int64>(begin, 0, rule.seqlen_q)), int32(clamp_to<int64>(end, 0, rule.seqlen_q))};
 }
 
 enum class BlockKind : int32 { kNone, kPartial, kFull };
@@ -46,15 +55,17 @@ enum class BlockKind : int32 { kNone, kPartial, kFull };
 // How much of the block rows [row_begin, row_end) x keys [key_begin, key_end) is visible.
 static constexpr BlockKind classify_block(const MaskRule& rule, int32 row_begin, int32 row_end, int32 key_begin,
                                           int32 key_end) {
-  const KeyRange any = visible_keys(rule, row_begin, row_end);
+  const Range any = visible_keys(rule, row_begin, row_end);
   if (max_of(any.begin, key_begin) >= min_of(any.end, key_end)) return BlockKind::kNone;
-  const KeyRange all = {visible_keys(rule, row_end - 1).begin, visible_keys(rule, row_begin).end};
+  const Range all = {visible_keys(rule, row_end - 1).begin, visible_keys(rule, row_begin).end};
   return all.begin <= key_begin && key_end <= all.end ? BlockKind::kFull : BlockKind::kPartial;
 }
 
 static_assert(visible_keys(MaskRule{4, 6, -1, 0, 2}, 0).end == 3, "bottom-right causal: row 0 sees keys 0..2");
 static_assert(visible_keys(MaskRule{4, 6, -1, 0, 0}, 0).end == 1, "top-left causal: row 0 sees key 0");
 static_assert(visible_keys(MaskRule{6, 4, -1, 0, -2}, 1).end == 0, "more queries than keys: the first rows see none");
+static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 3).begin == 1 && visible_rows(MaskRule{4, 6, 2, 0, 2}, 3).end == 4);
+static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).begin == visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).end);
 static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 64, 128, 0, 64) == BlockKind::kFull);
 static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 0, 64, 64, 128) == BlockKind::kNone);
 

@@ -18,6 +18,7 @@ enum class DType : int32 { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
+inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000u);
 
 template <class T>
 static constexpr T min_of(T a, T b) {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "problem.h"
+#include "common/problem.h"
 
 namespace flash::cpu {
 

@@ -5,7 +5,7 @@
 #include <atomic>
 
 #include "common/mask.h"
-#include "problem.h"
+#include "common/problem.h"
 
 namespace flash::cpu {
 

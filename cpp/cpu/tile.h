@@ -101,7 +101,7 @@ struct QueryTile {
   int64 rows;
   int64 lanes;  // rows, rounded up to whole vectors
   MaskRule rule;
-  KeyRange keys;  // seen by at least one row
+  Range keys;  // seen by at least one row
   alignas(64) int32 key_begin[kBlockQ];
   alignas(64) int32 key_end[kBlockQ];
   alignas(64) int32 segment[kBlockQ];
@@ -117,7 +117,7 @@ QueryTile make_query_tile(const Problem& p, const Sequence& s, int64 head, int64
   t.rule = mask_rule(p, s);
   t.keys = visible_keys(t.rule, int32(begin), int32(begin + t.rows));
   for (int64 i = 0; i < t.rows; ++i) {  // lanes past `rows` see no key
-    const KeyRange keys = visible_keys(t.rule, int32(begin + i));
+    const Range keys = visible_keys(t.rule, int32(begin + i));
     t.key_begin[i] = keys.begin;
     t.key_end[i] = keys.end;
   }

@@ -215,6 +215,8 @@ void decode_common(const Attrs& attrs, Decoder& d, Problem& p) {
     p.k = d.operand(Operand::kKey, {row, kv_head, {&View::col_stride, p.head_dim}}, same);
     p.v = d.operand(Operand::kValue, {row, kv_head, {&View::col_stride, p.head_dim_v}}, same);
   }
+  p.max_seqlen_q = packed ? std::min<int64>(attrs.max_seqlen_q, p.seqlen_q) : p.seqlen_q;
+  p.max_seqlen_kv = packed && p.page_size == 0 ? std::min<int64>(attrs.max_seqlen_kv, p.seqlen_kv) : p.seqlen_kv;
   constexpr int64 kMaxLength = std::numeric_limits<int32>::max();
   if (p.seqlen_q > kMaxLength || p.seqlen_kv > kMaxLength) d.fail("sequence lengths", "must be below 2^31");
 
@@ -293,6 +295,9 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
       p.dbias_elements = 1;
       for (int64 size : d.dims(Operand::kBias)) p.dbias_elements *= size;
     }
+    const size_t scratch = p.bias.data ? 5 : 4;
+    p.dq_accum = d.result(scratch, "dq_accum", {head, row, dim}, kF32);
+    if (attrs.deterministic) p.tickets = d.result(scratch + 1, "tickets", {head, row}, kS32);
   }
   if (!d.ok()) return xf::Unexpected(d.error());
   return p;

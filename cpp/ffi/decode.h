@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ffi/attrs.h"
-#include "problem.h"
+#include "common/problem.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace flash::ffi {

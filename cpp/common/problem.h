@@ -45,6 +45,8 @@ struct Problem {
   int64 num_heads_kv;
   int64 head_dim;    // of q and k
   int64 head_dim_v;  // of v and o
+  int64 max_seqlen_q;   // a bound on the rows of a sequence, for the size of grids; seqlen_q when dense
+  int64 max_seqlen_kv;
   int64 page_size;   // 0: not paged
   int64 num_pages;
 
@@ -75,6 +77,9 @@ struct BwdProblem : Problem {
   View delta;  // [batch, head, row] float32: rowsum(dO * O) - dLSE
   View dbias;  // float32, shaped as bias
   int64 dbias_elements;
+  // Scratch memory of the CUDA kernels, without meaning to the caller. Not zero when the call starts.
+  View dq_accum;  // [batch, head, row, col] float32: the sum that becomes dq
+  View tickets;   // [batch, head, row] int32, if deterministic: whose turn it is to add to a block of dq_accum
 };
 
 static inline int64 num_batch_entries(const Problem& p) {

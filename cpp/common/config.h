@@ -1,0 +1,86 @@
+// What a GPU kernel is specialised for. cuda/heuristics.cc fills it in, cuda/jit.cc prints it into the source that it
+// compiles, the kernels take it as their one template argument.
+//
+// Facts that cost nothing at run time (lengths, causality and windows, sinks, GQA) are not here: they are read from
+// the Problem, so that one kernel serves them all.
+#pragma once
+
+#include "common/types.h"
+
+namespace flash {
+
+enum class Direction : int32 { kFwd, kBwd };
+
+struct KernelConfig {
+  Direction direction;
+  DType dtype;       // of q, k, v, o and their gradients: 16 bits
+  int32 head_dim;    // of q and k, as tiled: a multiple of 32; what lies beyond the real one is zero
+  int32 head_dim_v;  // of v and o, likewise
+  int32 num_batch_axes;
+  bool aligned;  // all rows of q, k, v, o start on 16 bytes and are multiples of it
+  bool softcap;
+  bool alibi;
+  bool bias;
+  DType bias_dtype;
+  bool mask;
+  bool paired;  // bias and mask may be read two keys at a time
+  bool segments;
+  bool dropout;
+  bool paged;
+  bool return_softmax;
+  bool deterministic;  // backward: dq is summed in a fixed order
+
+  int32 block_q;
+  int32 block_kv;
+  int32 num_warps;
+  int32 warps_d;     // backward: warps side by side along the head dim of dk and dv; the others lie along the keys
+  int32 num_stages;  // backward: buffers of q and dO
+  int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
+
+  bool operator==(const KernelConfig&) const = default;
+};
+
+// Calls visit(name, field) for each field in order; tests hold it to the struct.
+template <class Config, class Visit>
+static constexpr void for_each_field(Config& c, Visit visit) {
+  visit("direction", c.direction);
+  visit("dtype", c.dtype);
+  visit("head_dim", c.head_dim);
+  visit("head_dim_v", c.head_dim_v);
+  visit("num_batch_axes", c.num_batch_axes);
+  visit("aligned", c.aligned);
+  visit("softcap", c.softcap);
+  visit("alibi", c.alibi);
+  visit("bias", c.bias);
+  visit("bias_dtype", c.bias_dtype);
+  visit("mask", c.mask);
+  visit("paired", c.paired);
+  visit("segments", c.segments);
+  visit("dropout", c.dropout);
+  visit("paged", c.paged);
+  visit("return_softmax", c.return_softmax);
+  visit("deterministic", c.deterministic);
+  visit("block_q", c.block_q);
+  visit("block_kv", c.block_kv);
+  visit("num_warps", c.num_warps);
+  visit("warps_d", c.warps_d);
+  visit("num_stages", c.num_stages);
+  visit("min_blocks", c.min_blocks);
+}
+
+static constexpr int32 num_threads(const KernelConfig& c) {
+  return 32 * c.num_warps;
+}
+
+// Dynamic shared memory of the main kernel; the kernels hold their storage to it.
+static constexpr int64 shared_bytes(const KernelConfig& c) {
+  const int64 q = int64{2} * c.block_q * c.head_dim, k = int64{2} * c.block_kv * c.head_dim;
+  const int64 v = int64{2} * c.block_kv * c.head_dim_v;
+  const int64 o = int64{2} * c.block_q * c.head_dim_v;
+  if (c.direction == Direction::kFwd) return max_of(q, o) + k + v;
+  const int64 scores = int64{2} * c.block_q * c.block_kv;
+  const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
+  return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores;
+}
+
+}  // namespace flash

@@ -1,0 +1,64 @@
+// The functions of libcuda and libnvrtc that are used, declared by hand: no CUDA header is needed to build, and no CUDA
+// library to start. tests/test_abi.py holds the declarations to NVIDIA's headers.
+#pragma once
+
+#include <cstddef>
+
+namespace flash::cuda {
+
+using Stream = struct StreamTag*;
+using Function = struct FunctionTag*;
+using Library = struct LibraryTag*;
+using Kernel = struct KernelTag*;
+using Program = struct ProgramTag*;
+using DevicePointer = unsigned long long;
+
+inline constexpr int kErrorCompilation = 6;           // NVRTC_ERROR_COMPILATION
+inline constexpr int kComputeCapabilityMajor = 75;    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+inline constexpr int kComputeCapabilityMinor = 76;    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+inline constexpr int kMultiprocessorCount = 16;       // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+inline constexpr int kMaxDynamicSharedSizeBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+// X(result, name, parameters...). Results are CUresult and nvrtcResult, devices are ordinals, enums are int.
+#define FLASH_DRIVER_FUNCTIONS(X)                                                                                \
+  X(int, cuInit, unsigned flags)                                                                                 \
+  X(int, cuDriverGetVersion, int* version)                                                                       \
+  X(int, cuGetErrorName, int error, const char** name)                                                           \
+  X(int, cuGetErrorString, int error, const char** text)                                                         \
+  X(int, cuDeviceGetCount, int* count)                                                                           \
+  X(int, cuDeviceGet, int* device, int ordinal)                                                                  \
+  X(int, cuDeviceGetAttribute, int* value, int attribute, int device)                                            \
+  X(int, cuLibraryLoadData, Library* library, const void* code, int* jit_options, void** jit_values,             \
+    unsigned num_jit_options, int* library_options, void** library_values, unsigned num_library_options)         \
+  X(int, cuLibraryUnload, Library library)                                                                       \
+  X(int, cuLibraryGetKernel, Kernel* kernel, Library library, const char* name)                                  \
+  X(int, cuKernelSetAttribute, int attribute, int value, Kernel kernel, int device)                              \
+  X(int, cuKernelGetFunction, Function* function, Kernel kernel)                                                 \
+  X(int, cuLaunchKernel, Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, \
+    unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream, void** params, void** extra)       \
+  X(int, cuMemsetD8Async, DevicePointer data, unsigned char value, size_t bytes, Stream stream)
+
+#define FLASH_NVRTC_FUNCTIONS(X)                                                                      \
+  X(int, nvrtcVersion, int* major, int* minor)                                                        \
+  X(int, nvrtcGetNumSupportedArchs, int* count)                                                       \
+  X(int, nvrtcGetSupportedArchs, int* archs)                                                          \
+  X(int, nvrtcCreateProgram, Program* program, const char* source, const char* name, int num_headers, \
+    const char* const* headers, const char* const* include_names)                                     \
+  X(int, nvrtcCompileProgram, Program program, int num_options, const char* const* options)           \
+  X(int, nvrtcGetCUBINSize, Program program, size_t* size)                                            \
+  X(int, nvrtcGetCUBIN, Program program, char* cubin)                                                 \
+  X(int, nvrtcGetProgramLogSize, Program program, size_t* size)                                       \
+  X(int, nvrtcGetProgramLog, Program program, char* log)                                              \
+  X(int, nvrtcDestroyProgram, Program* program)                                                       \
+  X(const char*, nvrtcGetErrorString, int error)
+
+#define FLASH_POINTER(result, name, ...) result (*name)(__VA_ARGS__);
+struct DriverApi {
+  FLASH_DRIVER_FUNCTIONS(FLASH_POINTER)
+};
+struct NvrtcApi {
+  FLASH_NVRTC_FUNCTIONS(FLASH_POINTER)
+};
+#undef FLASH_POINTER
+
+}  // namespace flash::cuda

@@ -1,0 +1,11 @@
+// Batch axes that lie one behind the other in all operands become one, so that kernels rarely see more than one.
+#pragma once
+
+#include "common/problem.h"
+
+namespace flash::cuda {
+
+FwdProblem with_few_batch_axes(const FwdProblem& problem);
+BwdProblem with_few_batch_axes(const BwdProblem& problem);
+
+}  // namespace flash::cuda

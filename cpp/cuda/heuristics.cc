@@ -1,0 +1,92 @@
+#include "cuda/heuristics.h"
+
+#include <string>
+
+namespace flash::cuda {
+namespace {
+
+KernelConfig facts_of_both(const Problem& p, Direction direction) {
+  // Two keys of a row of a bias or mask lie side by side, and always on an even place.
+  auto paired = [&](const View& view) { return !view.data || (view.col_stride == 1 && p.seqlen_kv % 2 == 0); };
+  KernelConfig c = {};
+  c.direction = direction;
+  c.dtype = p.dtype;
+  c.head_dim = int32(p.head_dim);
+  c.head_dim_v = int32(p.head_dim_v);
+  c.num_batch_axes = p.num_batch_axes;
+  c.aligned = p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0;  // XLA's buffers are; so then are all rows
+  c.softcap = p.options.softcap != 0.0f;
+  c.alibi = p.alibi_slopes.data;
+  c.bias = p.bias.data;
+  c.bias_dtype = p.bias.dtype;
+  c.mask = p.mask.data;
+  c.paired = (c.bias || c.mask) && paired(p.bias) && paired(p.mask);
+  c.segments = p.q_segment_ids.data;
+  c.dropout = p.options.keep_threshold < 256;
+  c.paged = p.page_size != 0;
+  return c;
+}
+
+int32 tiled_head_dim(int32 head_dim) {
+  for (int32 tile : {32, 64, 96, 128, 192}) {
+    if (head_dim <= tile) return tile;
+  }
+  return 256;
+}
+
+struct Tiling {
+  int32 block_q, block_kv, num_warps, warps_d, num_stages, min_blocks;
+};
+
+// Warps own 32 queries where their part of O and of the scores then still fits into 255 registers: every fragment of
+// K and V that they read serves two products instead of one. 128 threads with 255 registers leave room for two thread
+// blocks per multiprocessor, whose softmax and products overlap.
+Tiling fwd_tiling(int32 head_dim, const Arch& arch) {
+  if (head_dim <= 64) return {128, 128, 4, 1, 1, 2};
+  if (head_dim <= 128) return {128, 64, 4, 1, 1, 2};
+  if (arch.max_shared_bytes >= (head_dim > 192 ? 128 : 96) * 1024) return {128, 64, 8, 1, 1, 1};
+  return {64, 64, 4, 1, 1, 1};  // 8.6, 8.9 and 12.x have 99 KB
+}
+
+// dK and dV of a warp's keys stay in registers. Beyond head dim 128 two warps share them.
+Tiling bwd_tiling(int32 head_dim, const Arch& arch) {
+  const bool small = arch.max_shared_bytes < 160 * 1024;  // 8.6, 8.9 and 12.x have 99 KB
+  if (head_dim <= 64) return {64, 128, 8, 1, 2, 1};
+  if (head_dim <= 128) return small ? Tiling{64, 64, 4, 1, 1, 1} : Tiling{64, 128, 8, 1, 2, 1};
+  if (small) return {32, 32, 4, 2, 1, 1};
+  return {64, 64, 8, 2, arch.max_shared_bytes >= 220 * 1024 ? 2 : 1, 1};
+}
+
+}  // namespace
+
+KernelConfig facts_of(const FwdProblem& problem) {
+  KernelConfig c = facts_of_both(problem, Direction::kFwd);
+  c.return_softmax = problem.options.return_softmax;
+  return c;
+}
+
+KernelConfig facts_of(const BwdProblem& problem) {
+  KernelConfig c = facts_of_both(problem, Direction::kBwd);
+  c.deterministic = problem.tickets.data;
+  return c;
+}
+
+KernelConfig configure(KernelConfig facts, const Arch& arch) {
+  if (facts.dtype == DType::kF32)
+    throw Error(Error::Code::kUnimplemented,
+                "float32 attention is not supported on GPUs: cast query, key and value to bfloat16 or float16.");
+  KernelConfig c = facts;
+  c.head_dim = tiled_head_dim(facts.head_dim);
+  c.head_dim_v = tiled_head_dim(facts.head_dim_v);
+  const int32 larger = max_of(c.head_dim, c.head_dim_v);
+  const Tiling t = c.direction == Direction::kFwd ? fwd_tiling(larger, arch) : bwd_tiling(larger, arch);
+  c.block_q = t.block_q;
+  c.block_kv = t.block_kv;
+  c.num_warps = t.num_warps;
+  c.warps_d = t.warps_d;
+  c.num_stages = t.num_stages;
+  c.min_blocks = t.min_blocks;
+  return c;
+}
+
+}  // namespace flash::cuda

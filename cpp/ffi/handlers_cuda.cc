@@ -1,0 +1,97 @@
+// The custom calls "jax_flash_fwd" and "jax_flash_bwd" on NVIDIA GPUs, in three stages.
+//
+// - instantiate, when XLA compiles: reports what is not supported and compiles the kernels. XLA skips it where an
+//   executable comes from a cache, so that nothing may rely on it.
+// - initialize, in front of every execution: the kernels are loaded when it is done. All else that can fail is checked
+//   here, outside of any capture.
+// - execute launches. It may be captured into a graph, where an error would break the executable for good.
+#include <new>
+#include <string>
+
+#include "cuda/attention.h"
+#include "ffi/decode.h"
+#include "ffi/handlers.h"
+
+namespace flash::ffi {
+namespace {
+
+xf::ErrorCode code_of(const cuda::Error& error) {
+  switch (error.code()) {
+    case cuda::Error::Code::kUnimplemented: return xf::ErrorCode::kUnimplemented;
+    case cuda::Error::Code::kFailedPrecondition: return xf::ErrorCode::kFailedPrecondition;
+    case cuda::Error::Code::kInternal: break;
+  }
+  return xf::ErrorCode::kInternal;
+}
+
+// Calls step(problem); exceptions become errors.
+template <class Problem, class Step>
+xf::Error run(const xf::ErrorOr<Problem>& problem, Step step) {
+  if (problem.has_error()) return problem.error();
+  const std::string prefix = "jax_flash: ";
+  try {
+    step(*problem);
+    return xf::Error::Success();
+  } catch (const cuda::Error& error) {
+    return xf::Error(code_of(error), prefix + error.what());
+  } catch (const std::bad_alloc&) {
+    return xf::Error(xf::ErrorCode::kResourceExhausted, prefix + "out of host memory");
+  } catch (const std::exception& error) {
+    return xf::Error(xf::ErrorCode::kInternal, prefix + error.what());
+  }
+}
+
+// A stage for a direction, which `decode` stands for.
+template <auto decode>
+xf::Error instantiate(Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
+  // Some versions of XLA show no operands here. The next stage compiles then.
+  if (args.size() == 0) return xf::Error::Success();
+  return run(decode(attrs, args, rets), [](const auto& problem) { cuda::compile(problem); });
+}
+
+template <auto decode>
+xf::Error initialize(int32_t device, Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
+  return run(decode(attrs, args, rets), [&](const auto& problem) { cuda::load(problem, device); });
+}
+
+template <auto decode>
+xf::Error execute(cuda::Stream stream, int32_t device, Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
+  return run(decode(attrs, args, rets), [&](const auto& problem) { cuda::launch(problem, device, stream); });
+}
+
+auto bind_instantiate() {
+  return xf::Ffi::Bind<xf::ExecutionStage::kInstantiate>().Attrs<Attrs>().RemainingArgs().RemainingRets();
+}
+
+auto bind_initialize() {
+  return xf::Ffi::Bind<xf::ExecutionStage::kInitialize>()
+      .Ctx<xf::DeviceOrdinal>()
+      .Attrs<Attrs>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+auto bind_execute() {
+  return xf::Ffi::Bind()
+      .Ctx<xf::PlatformStream<cuda::Stream>>()
+      .Ctx<xf::DeviceOrdinal>()
+      .Attrs<Attrs>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+}  // namespace
+}  // namespace flash::ffi
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_fwd_cuda_instantiate, flash::ffi::instantiate<flash::ffi::decode_fwd>,
+                              flash::ffi::bind_instantiate());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_bwd_cuda_instantiate, flash::ffi::instantiate<flash::ffi::decode_bwd>,
+                              flash::ffi::bind_instantiate());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_fwd_cuda_initialize, flash::ffi::initialize<flash::ffi::decode_fwd>,
+                              flash::ffi::bind_initialize());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_bwd_cuda_initialize, flash::ffi::initialize<flash::ffi::decode_bwd>,
+                              flash::ffi::bind_initialize());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_fwd_cuda_execute, flash::ffi::execute<flash::ffi::decode_fwd>,
+                              flash::ffi::bind_execute(), {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_bwd_cuda_execute, flash::ffi::execute<flash::ffi::decode_bwd>,
+                              flash::ffi::bind_execute(), {xla::ffi::Traits::kCmdBufferCompatible});

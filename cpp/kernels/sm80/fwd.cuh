@@ -1,0 +1,276 @@
+// Attention forward with mma.sync and cp.async: every GPU from Ampere on. FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
+//
+// A thread block has block_q queries of one head; each warp owns 16 or 32 of them, all their scores and their part of O.
+// Keys and values come in blocks of block_kv, from the last to the first. V's copy runs beside Q K^T, the next K's beside
+// softmax and P V.
+#pragma once
+
+#include "common/config.h"
+#include "common/problem.h"
+#include "kernels/tile/copy.cuh"
+#include "kernels/tile/scores.cuh"
+#include "kernels/tile/sequence.cuh"
+
+namespace flash::sm80 {
+
+template <KernelConfig kC>
+struct FwdStorage {
+  using Q = Tile<kC.block_q, kC.head_dim>;
+  using K = Tile<kC.block_kv, kC.head_dim>;
+  using V = Tile<kC.block_kv, kC.head_dim_v>;
+  using O = Tile<kC.block_q, kC.head_dim_v>;
+  alignas(1024) char q[max_of(Q::kBytes, O::kBytes)];  // O on its way out takes Q's place
+  alignas(1024) char k[K::kBytes];
+  alignas(1024) char v[V::kBytes];
+};
+
+// Running softmax statistics of a thread's rows.
+template <int32 kRows>
+struct SoftmaxState {
+  float max[kRows];  // of the stored scores
+  float sum[kRows];  // of this thread's columns only, until the end
+};
+
+__forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// s becomes 2^(s - max); the statistics and o follow the new maximum. kGuard: a row may have seen no key so far.
+template <bool kGuard, int32 kM, int32 kN, int32 kDimV>
+__forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o,
+                                    float factor) {
+#pragma unroll
+  for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+    for (int32 h = 0; h < 2; ++h) {
+      float row_max = s.x[m][0][2 * h];
+#pragma unroll
+      for (int32 n = 0; n < kN / 8; ++n)
+        row_max = fmaxf(row_max, fmaxf(s.x[m][n][2 * h], s.x[m][n][2 * h + 1]));
+      const float old_max = state.max[2 * m + h];
+      const float new_max = fmaxf(old_max, quad_max(row_max));
+      state.max[2 * m + h] = new_max;
+      const float base = (kGuard && new_max == -kInfinity ? 0.0f : new_max) * factor;
+      const float rescale = ptx::ex2_approx(old_max * factor - base);
+      float sum = state.sum[2 * m + h] * rescale;
+#pragma unroll
+      for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+        for (int32 e = 0; e < 2; ++e) {
+          const float x = ptx::ex2_approx(s.x[m][n][2 * h + e] * factor - base);
+          s.x[m][n][2 * h + e] = x;
+          sum += x;
+        }
+      state.sum[2 * m + h] = sum;
+#pragma unroll
+      for (int32 n = 0; n < kDimV / 8; ++n)
+#pragma unroll
+        for (int32 e = 0; e < 2; ++e) o.x[m][n][2 * h + e] *= rescale;
+    }
+}
+
+template <KernelConfig kC>
+struct FwdBlock {
+  static constexpr int32 kThreads = num_threads(kC);
+  static constexpr int32 kRowsPerWarp = kC.block_q / kC.num_warps;
+  static constexpr int32 kBatchAxes = kC.num_batch_axes;
+  static constexpr DType kDType = kC.dtype;
+  using Storage = FwdStorage<kC>;
+  static_assert(sizeof(Storage) == shared_bytes(kC));
+  static_assert(kRowsPerWarp == 16 || kRowsPerWarp == 32);
+
+  // One block of queries, from row `q_row` of the sequence on.
+  static __forceinline__ void run(const FwdProblem& p, char* shared, const Sequence& seq, int64 head, int32 q_row) {
+    Storage& storage = *reinterpret_cast<Storage*>(shared);
+    const uint32 q_tile = ptx::shared_address(storage.q), k_tile = ptx::shared_address(storage.k);
+    const uint32 v_tile = ptx::shared_address(storage.v);
+    const int32 head_dim = int32(p.head_dim), head_dim_v = int32(p.head_dim_v);
+    const int32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * kRowsPerWarp;
+    const int32 rows = min_of(kC.block_q, seq.q.used - q_row);  // that take part
+
+    const int64 o_row = seq.q.begin + q_row;
+    uint16* o_rows = address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row);
+    float* lse_rows = address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row);
+    const int32 slot_rows = min_of(kC.block_q, seq.q.size - q_row);  // that must be written
+    if (rows < slot_rows) {
+      store_zeros<kThreads>(o_rows, p.o.row_stride, max_of(rows, 0), slot_rows, head_dim_v);
+      for (int32 r = max_of(rows, 0) + threadIdx.x; r < slot_rows; r += kThreads) lse_rows[r] = -kInfinity;
+    }
+    if (rows <= 0) return;
+
+    // Key blocks [first, end), of which the mask shows [full_begin, full_end) whole.
+    const ScoreInputs<kC> in(p, seq, head);
+    const Range any = visible_keys(in.rule, q_row, q_row + rows);
+    const Range all = {visible_keys(in.rule, q_row + rows - 1).begin, visible_keys(in.rule, q_row).end};
+    const int32 first = any.begin / kC.block_kv, end = any.begin < any.end ? (any.end - 1) / kC.block_kv + 1 : first;
+    int32 full_begin = int32(ceil_div(all.begin, kC.block_kv)), full_end = all.end / kC.block_kv;
+    if (full_begin >= full_end) full_begin = full_end = first;
+
+    const int64 kv_head = head / (p.num_heads / p.num_heads_kv);
+    auto rows_of = [&](const View& view) {
+      if constexpr (kC.paged)
+        return PagedRows{address_of<const uint16, kBatchAxes>(p, view, seq.batch, kv_head, 0),
+                         address_of<const int32, kBatchAxes>(p, p.page_table, seq.batch, 0, seq.index),
+                         int32(p.page_size), int32(p.num_pages), max_of(seq.kv.used - 1, 0), view.row_stride};
+      else
+        return StridedRows{address_of<const uint16, kBatchAxes>(p, view, seq.batch, kv_head, seq.kv.begin),
+                           view.row_stride};
+    };
+    const auto k_rows = rows_of(p.k);
+    const auto v_rows = rows_of(p.v);
+    auto load_k = [&](int32 n) {
+      load_tile<typename Storage::K, kC.aligned, kThreads>(k_tile, k_rows, n * kC.block_kv, seq.kv.used, head_dim);
+      ptx::cp_async_commit();
+    };
+    auto load_v = [&](int32 n) {
+      load_tile<typename Storage::V, kC.aligned, kThreads>(v_tile, v_rows, n * kC.block_kv, seq.kv.used, head_dim_v);
+      ptx::cp_async_commit();
+    };
+
+    const StridedRows q_rows = {address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, head, seq.q.begin),
+                                p.q.row_stride};
+    load_tile<typename Storage::Q, kC.aligned, kThreads>(q_tile, q_rows, q_row, seq.q.used, head_dim);
+    if (first < end) load_k(end - 1);
+
+    const RowsOfA<typename Storage::Q> q(q_tile, warp_row);
+    const RowsOfB<typename Storage::K> k(k_tile, 0);
+    const ColsOfB<typename Storage::V> v(v_tile);
+    const float factor = score_factor(in);
+    Accumulator<kRowsPerWarp, kC.head_dim_v> o;
+    SoftmaxState<kRowsPerWarp / 8> state;
+    o.clear();
+#pragma unroll
+    for (int32 r = 0; r < kRowsPerWarp / 8; ++r) state.max[r] = -kInfinity, state.sum[r] = 0.0f;
+
+    auto scores = [&]<bool kMasked>(Accumulator<kRowsPerWarp, kC.block_kv>& s, int32 n) {
+      if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
+        apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv,
+                                         [](int32, int32, int32, float) {});
+    };
+    auto step = [&]<bool kMasked>(int32 n) {
+      ptx::cp_async_wait<0>();  // K of this block
+      __syncthreads();          // is there for all, and all are done with V of the last one
+      load_v(n);
+      Accumulator<kRowsPerWarp, kC.block_kv> s;
+      s.clear();
+      gemm<kDType, kC.head_dim>(s, q, k);
+      scores.template operator()<kMasked>(s, n);
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (n > first) load_k(n - 1);
+      online_softmax<kMasked || kDataMasks<kC>>(s, state, o, factor);
+      if constexpr (kC.dropout)
+        for_each_dropout_bit<false, kRowsPerWarp, kC.block_kv>(
+            in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
+            [&](int32 m, int32 n, int32 e, bool keep) { s.x[m][n][e] = keep ? s.x[m][n][e] : 0.0f; });
+      uint32 probs[kRowsPerWarp / 16][kC.block_kv / 16][4];
+      pack<kDType>(probs, s);
+      gemm<kDType, kC.block_kv>(o, RegistersOfA<kRowsPerWarp, kC.block_kv>{probs}, v);
+    };
+    for (int32 n = end - 1; n >= first; --n) {
+      if (kDataMasks<kC> || n < full_begin || n >= full_end)
+        step.template operator()<true>(n);
+      else
+        step.template operator()<false>(n);
+    }
+
+    // Epilogue: o / sum, and lse = max + log(sum), both with the sink in the sum if there is one.
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // all are done with Q's memory
+    const float sink = p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e
+                                    : -kInfinity;
+    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
+    float normalizer[kRowsPerWarp / 8], lse[kRowsPerWarp / 8];
+#pragma unroll
+    for (int32 r = 0; r < kRowsPerWarp / 8; ++r) {
+      const float scaled_max = state.max[r] * factor, max = fmaxf(scaled_max, sink);
+      const bool empty = max == -kInfinity;  // neither a key nor a sink
+      const float rescale = empty ? 0.0f : ptx::ex2_approx(scaled_max - max);
+      const float sum = quad_sum(state.sum[r]) * rescale + (empty ? 0.0f : ptx::ex2_approx(sink - max));
+      normalizer[r] = empty ? 0.0f : rescale * dropout_scale / sum;
+      lse[r] = empty ? -kInfinity : max + ptx::lg2_approx(sum);
+      const int32 row = warp_row + 8 * r + lane / 4;
+      if (lane % 4 == 0 && row < rows) lse_rows[row] = lse[r] * kLn2;
+    }
+    store<kDType, typename Storage::O>(o, q_tile, warp_row, 0, 0,
+                                       [&](int32 m, int32 h) { return normalizer[2 * m + h]; });
+    __syncthreads();
+    store_tile<typename Storage::O, kC.aligned, kThreads>(storage.q, o_rows, p.o.row_stride, rows, head_dim_v);
+
+    if constexpr (kC.return_softmax) {  // a testing aid: a second pass, as only now the sums are known
+      __syncthreads();
+      load_tile<typename Storage::Q, kC.aligned, kThreads>(q_tile, q_rows, q_row, seq.q.used, head_dim);
+      for (int32 n = first; n < end; ++n) {
+        __syncthreads();
+        load_k(n);
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        Accumulator<kRowsPerWarp, kC.block_kv> s;
+        s.clear();
+        gemm<kDType, kC.head_dim>(s, q, k);
+        scores.template operator()<true>(s, n);
+        float* probs = address_of<float, kBatchAxes>(p, p.probs, seq.batch, head, 0) +
+                       seq.index * p.probs_sequence_stride;
+        auto write = [&](int32 m, int32 t, int32 e, bool keep) {
+          const int32 i = q_row + warp_row + 16 * m + e / 2 * 8 + lane / 4;
+          const int32 j = n * kC.block_kv + 8 * t + lane % 4 * 2 + e % 2;
+          const float x = s.x[m][t][e];
+          if (x == -kInfinity || i >= min_of(seq.q.used, int32(p.probs_rows)) || j >= p.probs_cols) return;
+          const float probability = ptx::ex2_approx(x * factor - lse[2 * m + e / 2]);
+          probs[i * p.probs.row_stride + j] = keep ? probability : -probability;
+        };
+        if constexpr (kC.dropout) {
+          for_each_dropout_bit<false, kRowsPerWarp, kC.block_kv>(in.dropout, p.options.keep_threshold,
+                                                                 q_row + warp_row, n * kC.block_kv, write);
+        } else {
+#pragma unroll
+          for (int32 m = 0; m < kRowsPerWarp / 16; ++m)
+#pragma unroll
+            for (int32 t = 0; t < kC.block_kv / 8; ++t)
+#pragma unroll
+              for (int32 e = 0; e < 4; ++e) write(m, t, e, true);
+        }
+      }
+    }
+  }
+};
+
+// The grid is [batch entry, sequence, head, block of queries], then, if packed, blocks of rows of batch entries to look
+// for rows that lie in no sequence. Late blocks of queries come first: they are the longest if causal.
+template <KernelConfig kC>
+__forceinline__ void fwd(const FwdProblem& p) {
+  extern __shared__ __align__(1024) char shared[];
+  constexpr int32 kThreads = num_threads(kC);
+  // 32 bits, as the grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
+  const uint32 q_blocks = uint32(ceil_div(p.max_seqlen_q, kC.block_q)), num_heads = uint32(p.num_heads);
+  const uint32 num_sequences = uint32(p.num_sequences), units = q_blocks * num_heads * num_sequences * num_batch_entries(p);
+  uint32 unit = blockIdx.x;
+  if (unit < units) {
+    const uint32 block = q_blocks - 1 - unit % q_blocks, head = unit / q_blocks % num_heads;
+    unit /= q_blocks * num_heads;
+    const Sequence seq = sequence_of<kC.num_batch_axes>(p, unit / num_sequences, int32(unit % num_sequences));
+    // More than once only if max_seqlen_q was too small.
+    for (int64 row = int64(block) * kC.block_q; row < seq.q.size; row += int64(q_blocks) * kC.block_q) {
+      FwdBlock<kC>::run(p, shared, seq, head, int32(row));
+      __syncthreads();
+    }
+  } else {
+    unit -= units;
+    const uint32 blocks = uint32(ceil_div(p.seqlen_q, kThreads)), batch = unit / blocks;
+    const int64 row = int64(unit % blocks) * kThreads + threadIdx.x;
+    if (row >= p.seqlen_q || !outside_all_sequences<kC.num_batch_axes>(p, p.cu_seqlens_q, batch, int32(row))) return;
+    for (int64 head = 0; head < p.num_heads; ++head) {
+      uint16* o = address_of<uint16, kC.num_batch_axes>(p, p.o, batch, head, row);
+      for (int64 c = 0; c < p.head_dim_v; ++c) o[c] = 0;
+      *address_of<float, kC.num_batch_axes>(p, p.lse, batch, head, row) = -kInfinity;
+    }
+  }
+}
+
+}  // namespace flash::sm80

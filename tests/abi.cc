@@ -1,0 +1,45 @@
+// Holds the declarations of cpp/cuda/api.h to NVIDIA's headers. Compiled, never run: see test_abi.py.
+#include "cuda/api.h"
+
+#include <cuda.h>
+#include <nvrtc.h>
+
+#include <type_traits>
+
+// Whether a caller cannot tell two types apart: handles are pointers to whatever, enums are int.
+template <class A, class B>
+constexpr bool alike() {
+  if constexpr (std::is_pointer_v<A> && std::is_pointer_v<B>) {
+    using To = std::remove_cv_t<std::remove_pointer_t<A>>;
+    using From = std::remove_cv_t<std::remove_pointer_t<B>>;
+    if constexpr (std::is_scalar_v<To> || std::is_scalar_v<From>) return alike<To, From>();
+    return true;
+  } else {
+    constexpr bool integers =
+        (std::is_integral_v<A> || std::is_enum_v<A>) && (std::is_integral_v<B> || std::is_enum_v<B>);
+    return integers && sizeof(A) == sizeof(B);
+  }
+}
+
+template <class F, class G>
+struct Compare;
+template <class R, class... A, class S, class... B>
+struct Compare<R (*)(A...), S (*)(B...)> {
+  static_assert(sizeof...(A) == sizeof...(B));
+  static constexpr bool value = alike<R, S>() && (alike<A, B>() && ...);
+};
+
+#define CHECK(api, name) \
+  static_assert(Compare<decltype(&::name), decltype(flash::cuda::api::name)>::value, "signature of " #name);
+#define CHECK_DRIVER(result, name, ...) CHECK(DriverApi, name)
+#define CHECK_NVRTC(result, name, ...) CHECK(NvrtcApi, name)
+FLASH_DRIVER_FUNCTIONS(CHECK_DRIVER)
+FLASH_NVRTC_FUNCTIONS(CHECK_NVRTC)
+
+#define SAME(ours, theirs) static_assert(int(flash::cuda::ours) == int(theirs), #ours)
+SAME(kComputeCapabilityMajor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+SAME(kComputeCapabilityMinor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+SAME(kMultiprocessorCount, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+SAME(kMaxDynamicSharedSizeBytes, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
+SAME(kErrorCompilation, NVRTC_ERROR_COMPILATION);
+static_assert(sizeof(flash::cuda::DevicePointer) == sizeof(CUdeviceptr));
