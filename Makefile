@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cpp jax_flash -type f -not -name '*.pyc')
 
-.PHONY: demo test lint format bench test-sanitize wheel clean
+.PHONY: demo test lint format bench test-sanitize test-gpu test-sanitizer-gpu bench-gpu wheel clean
 
 # The extra `lint` has all others in it, so that one environment serves every target.
 $(VENV)/installed: $(SOURCES)
@@ -42,8 +42,34 @@ test-sanitize:
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(SANITIZED)/bin/pytest -n auto -p no:cacheprovider $(SANITIZED_TESTS)
 
+# What needs an NVIDIA GPU, in an environment of its own. CUDA=cuda12 or cuda13: the extra that brings JAX's plugin.
+GPU = $(VENV)-gpu
+CUDA ?= cuda13
+GPU_WORKERS ?= 6
+GPU_TESTS = tests/test_attention.py tests/test_varlen.py tests/test_paged.py tests/test_dropout.py \
+            tests/test_flash_api.py tests/test_properties.py tests/test_robustness.py tests/test_transforms.py \
+            tests/test_cuda.py
+
+# Fails where JAX sees no GPU: all of the tests would be skipped.
+$(GPU)/installed: $(SOURCES)
+	test -x $(GPU)/bin/pip || $(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/pip install --quiet '.[test,benchmarks,$(CUDA)]'
+	$(GPU)/bin/python -P -c 'import jax; jax.devices("cuda")'
+	touch $@
+
+test-gpu: $(GPU)/installed  ## the half of the tests that runs on the GPU, which the workers share
+	$(GPU)/bin/pytest -n $(GPU_WORKERS) -k cuda $(GPU_TESTS)
+
+# compute-sanitizer's four tools over a small subset of everything; it is part of the CUDA toolkit.
+test-sanitizer-gpu: $(GPU)/installed
+	$(GPU)/bin/python -P tests/sanitizer_subset.py
+
+bench-gpu: $(GPU)/installed  ## the GPU table and the host's cost; PyTorch is a peer where it is installed
+	$(GPU)/bin/python -m benchmarks.run --group hopper --out out/hopper.json --plot out/hopper.png
+	$(GPU)/bin/python -m benchmarks.host --out out/host.json
+
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(SANITIZED) build dist out
+	rm -rf $(VENV) $(SANITIZED) $(GPU) build dist out

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,22 +24,27 @@ class Call:
     Attributes:
       run: starts the work and returns its results.
       wait: returns once the work behind these results is done.
-      arrays: the results as float32 NumPy arrays `[batch, seqlen, num_heads, head_dim]`: the output in a pass that has
-        a forward, then the gradients of query, key and value in one that has a backward.
+      arrays: the results as JAX arrays `[batch, seqlen, num_heads, head_dim]`: the output in a pass that has a forward,
+        then the gradients of query, key and value in one that has a backward.
     """
 
     run: Callable[[], Any]
     wait: Callable[[Any], object]
-    arrays: Callable[[Any], list[np.ndarray]]
+    arrays: Callable[[Any], list[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """An implementation: `unavailable(workload)` is a reason or None, `build(workload, inputs, pass_)` makes a Call."""
+    """An implementation.
+
+    Attributes:
+      unavailable: the reason why it cannot run this pass of this workload, or None.
+      build: makes the call, for inputs on the device and in the workload's dtype.
+    """
 
     name: str
-    unavailable: Callable[[Workload], str | None]
-    build: Callable[[Workload, dict[str, np.ndarray], str], Call]
+    unavailable: Callable[[Workload, str], str | None]
+    build: Callable[[Workload, dict[str, jax.Array], str], Call]
 
 
 def on_gpu() -> bool:
@@ -48,12 +54,14 @@ def on_gpu() -> bool:
 # Ours
 
 
-def _ours_unavailable(workload: Workload) -> str | None:
-    del workload
+def _ours_unavailable(workload: Workload, pass_: str) -> str | None:
+    del pass_
+    if on_gpu() and workload.dtype == "float32":
+        return "takes 16-bit inputs only on a GPU"
     return None if importlib.util.find_spec("jax_flash") else "jax_flash is not installed"
 
 
-def _ours(workload: Workload, inputs: dict[str, np.ndarray], pass_: str) -> Call:
+def _ours(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
     import jax_flash
 
     options: dict[str, Any] = {
@@ -92,7 +100,10 @@ def _jax_nn_unavailable(workload: Workload) -> str | None:
     return None
 
 
-def _xla_unavailable(workload: Workload) -> str | None:
+def _xla_unavailable(workload: Workload, pass_: str) -> str | None:
+    del pass_
+    if on_gpu() and workload.seqlen_q > 4096:
+        return "forms the scores, which takes too long beyond 4096 tokens"
     # It forms the scores: in float32, about five copies of them with the backward.
     needed = 5 * 4 * workload.batch * workload.num_heads * workload.seqlen_q * workload.seqlen_kv
     if on_gpu():
@@ -105,7 +116,8 @@ def _xla_unavailable(workload: Workload) -> str | None:
     return _jax_nn_unavailable(workload)
 
 
-def _cudnn_unavailable(workload: Workload) -> str | None:
+def _cudnn_unavailable(workload: Workload, pass_: str) -> str | None:
+    del pass_
     if not on_gpu():
         return "needs a GPU"
     if workload.dtype == "float32" or workload.sequence_lengths:
@@ -113,7 +125,7 @@ def _cudnn_unavailable(workload: Workload) -> str | None:
     return _jax_nn_unavailable(workload)
 
 
-def _jax_nn(workload: Workload, inputs: dict[str, np.ndarray], pass_: str, *, implementation: str) -> Call:
+def _jax_nn(workload: Workload, inputs: dict[str, jax.Array], pass_: str, *, implementation: str) -> Call:
     extras = {}
     if workload.sequence_lengths:
         # Packed sequences are what a user of jax.nn would write a mask for.
@@ -128,12 +140,11 @@ def _jax_nn(workload: Workload, inputs: dict[str, np.ndarray], pass_: str, *, im
 
 
 def _jax_call(
-    forward: Callable[..., Any], workload: Workload, inputs: dict[str, np.ndarray], extras: dict[str, Any], pass_: str
+    forward: Callable[..., Any], workload: Workload, inputs: dict[str, jax.Array], extras: dict[str, Any], pass_: str
 ) -> Call:
     """Jits one pass of `forward(query, key, value, extras)`; the bias of the workload is put into `extras`."""
-    data = {name: jnp.asarray(array, workload.dtype) for name, array in inputs.items()}
-    query, key, value, cotangent = (data.pop(name) for name in ("query", "key", "value", "cotangent"))
-    extras = extras | data
+    query, key, value, cotangent = (inputs[name] for name in ("query", "key", "value", "cotangent"))
+    extras = extras | ({"bias": inputs["bias"]} if workload.bias else {})
 
     def vjp(query, key, value, extras):
         return jax.vjp(lambda *qkv: forward(*qkv, extras), query, key, value)
@@ -153,14 +164,75 @@ def _jax_call(
     return Call(
         run=functools.partial(jax.jit(function), *arguments),
         wait=jax.block_until_ready,
-        arrays=lambda results: [np.asarray(x, np.float32) for x in jax.tree.leaves(results)],
+        arrays=jax.tree.leaves,
     )
+
+
+# FlashAttention-3 as written in Pallas Mosaic GPU, which is part of JAX
+
+# (block_q, block_kv, stages): what its own tuning tries, and what was fast elsewhere.
+_TILINGS = ((64, 256, 2), (64, 128, 2), (128, 128, 2), (64, 64, 2), (64, 64, 4))
+_best_tilings: dict[tuple, tuple[int, int, int]] = {}  # by head dim, mask and dtype: the length matters little
+
+
+def _mosaic_unavailable(workload: Workload, pass_: str) -> str | None:
+    if not on_gpu() or jax.devices()[0].compute_capability != "9.0":
+        return "needs a Hopper GPU"
+    if not importlib.util.find_spec("jax.experimental.pallas.ops.gpu.attention_mgpu"):
+        return "this jax does not have it"
+    if pass_ != "forward":
+        return "its backward has no causal mask and needs float16"
+    plain = not (workload.window or workload.softcap or workload.sequence_lengths or workload.bias)
+    if not plain or workload.dropout_rate or workload.dtype == "float32":
+        return "takes full and causal attention in 16 bits only"
+    if workload.head_dim % 64 or workload.head_dim != workload.head_dim_v:
+        return "takes head dims 64, 128, 192 and 256"
+    if workload.seqlen_q % 256 or workload.seqlen_q != workload.seqlen_kv:
+        return "takes whole tiles and equal lengths"
+    return None
+
+
+def _mosaic(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    # It does not scale the scores, so its query comes scaled.
+    inputs = inputs | {"query": (inputs["query"] * workload.head_dim**-0.5).astype(workload.dtype)}
+
+    def build(tiling: tuple[int, int, int]) -> Call:
+        config = attention_mgpu.TuningConfig(*tiling, causal=workload.is_causal)
+        return _jax_call(lambda q, k, v, _: attention_mgpu.attention(q, k, v, config), workload, inputs, {}, pass_)
+
+    kind = workload.head_dim, workload.is_causal, workload.dtype
+    if kind not in _best_tilings:
+        _best_tilings[kind] = _fastest(build, workload.head_dim)
+    return build(_best_tilings[kind])
+
+
+def _fastest(build: Callable[[tuple[int, int, int]], Call], head_dim: int) -> tuple[int, int, int]:
+    times = {}
+    for block_q, block_kv, stages in _TILINGS:
+        if 4 * head_dim * (block_q + stages * block_kv) > 227 * 1024:  # two query tiles, and stages of key and value
+            continue
+        try:
+            call = build((block_q, block_kv, stages))
+            call.wait(call.run())
+            start = time.perf_counter()
+            for _ in range(10):
+                result = call.run()
+            call.wait(result)
+            times[block_q, block_kv, stages] = time.perf_counter() - start
+        except Exception as error:  # too many registers, say: what counts is whether another one works
+            refusal = error
+    if not times:
+        raise refusal
+    return min(times, key=lambda tiling: times[tiling])
 
 
 # torch's scaled_dot_product_attention: FlashAttention-2 on a GPU, a tiled kernel of its own on a CPU
 
 
-def _torch_unavailable(workload: Workload) -> str | None:
+def _torch_unavailable(workload: Workload, pass_: str) -> str | None:
+    del pass_
     if not importlib.util.find_spec("torch"):
         return "torch is not installed"
     if on_gpu():
@@ -179,15 +251,14 @@ def _torch_unavailable(workload: Workload) -> str | None:
     return None
 
 
-def _torch(workload: Workload, inputs: dict[str, np.ndarray], pass_: str) -> Call:
+def _torch(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # As many threads as XLA takes; torch by itself counts cores, and not always those that it may use.
     torch.set_num_threads(usable_cores())
-    device = "cuda" if on_gpu() else "cpu"
-    dtype = getattr(torch, workload.dtype)
-    data = {name: torch.from_numpy(array).to(device, dtype) for name, array in inputs.items()}
+    # Copies, as torch may write to what it differentiates; JAX's arrays must be there before another stream reads them.
+    data = {name: torch.from_dlpack(jax.block_until_ready(array)).clone() for name, array in inputs.items()}
     # torch has [batch, num_heads, seqlen, head_dim]; a view of our layout is what a projection gives there too.
     query, key, value, cotangent = (data[n].transpose(1, 2) for n in ("query", "key", "value", "cotangent"))
     for x in (query, key, value):
@@ -215,13 +286,23 @@ def _torch(workload: Workload, inputs: dict[str, np.ndarray], pass_: str) -> Cal
     return Call(
         run=runs[pass_],
         wait=lambda _: torch.cuda.synchronize() if on_gpu() else None,
-        arrays=lambda results: [x.detach().transpose(1, 2).float().cpu().numpy() for x in results],
+        arrays=lambda results: [_from_torch(x) for x in results],
     )
+
+
+def _from_torch(x: Any) -> jax.Array:
+    import torch
+
+    x = x.detach().transpose(1, 2).contiguous()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return jnp.from_dlpack(x)
 
 
 PEERS = (
     Peer("jax_flash", _ours_unavailable, _ours),
     Peer("xla", _xla_unavailable, functools.partial(_jax_nn, implementation="xla")),
     Peer("cudnn", _cudnn_unavailable, functools.partial(_jax_nn, implementation="cudnn")),
+    Peer("mosaic", _mosaic_unavailable, _mosaic),
     Peer("torch", _torch_unavailable, _torch),
 )

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
 from . import machine, peers, plot, timing, workloads
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["results"] += records
     skipped = collections.Counter((r["implementation"], r["skipped"]) for r in report["results"] if "skipped" in r)
     for (name, reason), count in skipped.items():
-        print(f"{name} skipped {count // len(passes)} of {len(selected)} workloads: {reason}")
+        print(f"{name} skipped {count} of {len(passes) * len(selected)} passes: {reason}")
+    _print_summary(report["results"], passes)
 
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="workloads, as shell patterns")
     parser.add_argument("--peers", nargs="+", choices=names, default=names)
     parser.add_argument("--passes", nargs="+", choices=workloads.PASSES, help="default: as suits the device")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--check-only", action="store_true", help="compare the results and time nothing")
     parser.add_argument("--commit", help="the commit of this tree, where it is a copy without git")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
@@ -78,15 +80,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_pass(
-    workload: workloads.Workload, inputs: dict[str, np.ndarray], pass_: str, args: argparse.Namespace
+    workload: workloads.Workload, inputs: dict[str, jax.Array], pass_: str, args: argparse.Namespace
 ) -> list[Record]:
     """One record for each implementation: what was measured, or why it was `skipped` or has `failed`."""
     records: dict[str, Record] = {}
     calls: dict[str, peers.Call] = {}
-    arrays: dict[str, list[np.ndarray]] = {}
+    arrays: dict[str, list[jax.Array]] = {}
     for peer in (peer for peer in peers.PEERS if peer.name in args.peers):
         record = records[peer.name] = {"workload": workload.name, "pass": pass_, "implementation": peer.name}
-        if reason := peer.unavailable(workload):
+        if reason := peer.unavailable(workload, pass_):
             record["skipped"] = reason
             continue
         try:
@@ -105,7 +107,7 @@ def _run_pass(
     return list(records.values())
 
 
-def _compare(workload: workloads.Workload, arrays: dict[str, list[np.ndarray]], records: dict[str, Record]) -> None:
+def _compare(workload: workloads.Workload, arrays: dict[str, list[jax.Array]], records: dict[str, Record]) -> None:
     """Notes in each record how far it is from the reference: the first implementation that ran and is not ours."""
     reference = next((name for name in arrays if name != "jax_flash"), None)
     for name in arrays:
@@ -120,11 +122,16 @@ def _compare(workload: workloads.Workload, arrays: dict[str, list[np.ndarray]], 
                 records[name]["failed"] = f"differs from {reference} by {difference:.1e}"
 
 
-def _difference(x: np.ndarray, reference: np.ndarray) -> float:
+def _difference(x: jax.typing.ArrayLike, reference: jax.typing.ArrayLike) -> float:
     """Largest relative root-mean-square difference of any (batch, head) of `[batch, seqlen, num_heads, head_dim]`."""
-    error = x - reference
-    squares = [np.einsum("btnh,btnh->bn", y, y) for y in (error, reference)]
-    return float(np.sqrt((squares[0] / squares[1]).max()))
+    return float(_difference_on_device(x, reference))
+
+
+@jax.jit
+def _difference_on_device(x, reference):
+    x, reference = x.astype(jnp.float32), reference.astype(jnp.float32)
+    squares = [jnp.square(y).sum((1, 3)) for y in (x - reference, reference)]
+    return jnp.sqrt((squares[0] / squares[1]).max())
 
 
 def _print_rows(records: list[Record]) -> None:
@@ -143,6 +150,29 @@ def _print_rows(records: list[Record]) -> None:
         elif "unchecked" not in record:
             row += " is what the others are compared with"
         print(row + (f"  (unchecked: {record['unchecked']})" if "unchecked" in record else ""), flush=True)
+
+
+def _print_summary(records: list[Record], passes: list[str]) -> None:
+    """One line for each workload: the rates of all implementations, pass by pass, and ours relative to torch's."""
+    rates = {(r["workload"], r["implementation"], r["pass"]): r["tflops"] for r in records if "tflops" in r}
+    names = [peer.name for peer in peers.PEERS if any(name == peer.name for _, name, _ in rates)]
+    if not names:
+        return
+    unit, factor = ("TFLOP/s", 1) if peers.on_gpu() else ("GFLOP/s", 1e3)
+    print(f"\n{unit}, {' / '.join(passes)}")
+    print(f"{'workload':25}", *(f"{name:>13}" for name in names), f"{'jax_flash/torch':>17}")
+    for workload in dict.fromkeys(workload for workload, _, _ in rates):
+
+        def cell(texts: list[str]) -> str:
+            return "" if set(texts) == {"-"} else "/".join(texts)
+
+        row = {
+            name: [rates.get((workload, name, pass_)) for pass_ in passes] for name in (*names, "jax_flash", "torch")
+        }
+        cells = [cell([f"{x * factor:.0f}" if x else "-" for x in row[name]]) for name in names]
+        ratios = zip(row["jax_flash"], row["torch"], strict=True)
+        ratio = cell([f"{ours / theirs:.2f}" if ours and theirs else "-" for ours, theirs in ratios])
+        print(f"{workload:25}", *(f"{x:>13}" for x in cells), f"{ratio:>17}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import numpy as np
 
 from .peers import Call
 
+_SECONDS_PER_SAMPLE = 0.02
+
 
 def measure(calls: Mapping[str, Call], rounds: int, on_gpu: bool) -> dict[str, list[float]]:
     """Seconds per call, one sample per round, of calls that have been run before (compiled).
@@ -16,8 +18,10 @@ def measure(calls: Mapping[str, Call], rounds: int, on_gpu: bool) -> dict[str, l
     On a GPU a sample is many calls and one wait at the end, so that the host's latency hides behind the device's work.
     On a CPU every call is waited for, since XLA would otherwise run several at once.
     """
-    seconds_per_sample = 0.1 if on_gpu else 0.02
-    counts = {name: math.ceil(seconds_per_sample / _sample(call, 1, on_gpu)) for name, call in calls.items()}
+    # A GPU's first estimate is over some calls, since a single one is mostly the host's latency.
+    counts = {
+        name: math.ceil(_SECONDS_PER_SAMPLE / _sample(call, 5 if on_gpu else 1, on_gpu)) for name, call in calls.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
         # Every other round runs backwards: nobody always follows the same neighbour.

@@ -106,8 +106,11 @@ def forward_axes(attrs: Attrs, operands: tuple[str, ...]) -> dict[str, str]:
 
 
 def scratch_axes(attrs: Attrs) -> dict[str, str]:
-    """Scratch arrays of the backward call's CUDA kernels, behind its results; BwdProblem has their meaning."""
-    return {"dq_accum": "NTH"} | ({"tickets": "NT"} if attrs.deterministic else {})
+    """Scratch arrays of the backward call's CUDA kernels, behind its results; BwdProblem in C++ has their meaning.
+
+    U is the number of 16-row blocks of dq_accum, F that of floats in one.
+    """
+    return {"dq_accum": "NUF"} | ({"tickets": "NT"} if attrs.deterministic else {})
 
 
 def backward_axes(operands: tuple[str, ...]) -> dict[str, str]:

@@ -71,8 +71,8 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
     for name, x in operands.items():
         axes = operand_axes(name, names)
         sizes.update(zip(axes, x.shape[x.ndim - len(axes) :], strict=True))
-    if "C" in sizes:
-        sizes["B"] = sizes["C"] - 1
+    sizes["B"] = sizes.get("C", 2) - 1
+    sizes["U"], sizes["F"] = sizes["T"] // 16 + sizes["B"], 16 * (sizes["H"] + 7 & -8)
 
     def result_type(name: str, axes: str) -> jax.ShapeDtypeStruct:
         if name == "bias":

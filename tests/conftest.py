@@ -31,6 +31,7 @@ def _find_gpu() -> jax.Device | None:
 
 
 CPU, GPU = jax.devices("cpu")[0], _find_gpu()
+NO_GPU = "needs an NVIDIA GPU, and JAX's CUDA plugin"
 
 # Of tests that use the fixture `device`, those that make sense on one of the two only.
 CPU_ONLY = pytest.mark.parametrize("device", ["cpu"], indirect=True)
@@ -45,7 +46,7 @@ def device(request):
     """
     selected = {"cpu": CPU, "cuda": GPU}[request.param]
     if selected is None:
-        pytest.skip("needs an NVIDIA GPU, and JAX's CUDA plugin")
+        pytest.skip(NO_GPU)
     with jax.default_device(selected):
         yield selected
 

@@ -12,7 +12,7 @@ import pytest
 # At the end: at the front, the source tree of jax_flash would hide the installed package with its extension.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import memory, peers, plot, run, workloads
+from benchmarks import host, memory, peers, plot, run, workloads
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_groups_are_well_formed(group):
         if workload.sequence_lengths:
             assert (workload.batch, workload.seqlen_q) == (1, sum(workload.sequence_lengths))
             assert workload.seqlen_kv == workload.seqlen_q
-        if group == "hopper":
+        if group in ("hopper", "hopper_between"):
             assert workload.batch * workload.seqlen_q == 16384
             assert workload.num_heads * workload.head_dim == 2048
 
@@ -109,6 +109,9 @@ def test_smoke_group_end_to_end(on_cpu, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "GFLOP/s" in printed
     assert "xla skipped" in printed
+    summary = printed[printed.index("GFLOP/s, forward / forward_backward") :].splitlines()
+    assert summary[1].split() == ["workload", "jax_flash", "xla", "jax_flash/torch"]
+    assert [line.split()[0] for line in summary[2:]] == [workload.name for workload in members]
 
 
 def test_every_pass_agrees_without_timing(on_cpu, tmp_path):
@@ -162,6 +165,14 @@ def test_plot(tmp_path):
     path = tmp_path / "plots" / "report.png"
     plot.draw(report | {"results": [record, record | {"implementation": "cudnn", "skipped": "needs a GPU"}]}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_host_cost(tmp_path, capsys):
+    out = tmp_path / "host.json"
+    assert host.main(["--repeats", "2", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())["results"]
+    assert {(r["function"], r["calls"]) for r in results} >= {("elementwise", 1), ("attention", 1), ("attention", 32)}
+    assert "in a chain" in capsys.readouterr().out
 
 
 def test_planned_memory_is_linear_in_the_sequence_length(on_cpu, capsys):

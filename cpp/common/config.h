@@ -18,6 +18,7 @@ struct KernelConfig {
   int32 head_dim_v;  // of v and o, likewise
   int32 num_batch_axes;
   bool aligned;  // all rows of q, k, v, o start on 16 bytes and are multiples of it
+  bool exact;    // head dims fill their tiles
   bool softcap;
   bool alibi;
   bool bias;
@@ -49,6 +50,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("head_dim_v", c.head_dim_v);
   visit("num_batch_axes", c.num_batch_axes);
   visit("aligned", c.aligned);
+  visit("exact", c.exact);
   visit("softcap", c.softcap);
   visit("alibi", c.alibi);
   visit("bias", c.bias);

@@ -78,8 +78,9 @@ struct BwdProblem : Problem {
   View dbias;  // float32, shaped as bias
   int64 dbias_elements;
   // Scratch memory of the CUDA kernels, without meaning to the caller. Not zero when the call starts.
-  View dq_accum;  // [batch, head, row, col] float32: the sum that becomes dq
-  View tickets;   // [batch, head, row] int32, if deterministic: whose turn it is to add to a block of dq_accum
+  View dq_accum;  // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh
+  int64 dq_accum_elements;
+  View tickets;  // [batch, head, row] int32, if deterministic: whose turn it is to add to the block that starts there
 };
 
 static inline int64 num_batch_entries(const Problem& p) {

@@ -1,6 +1,8 @@
 #include "cuda/heuristics.h"
 
 #include <string>
+#include <cstdio>
+#include <cstdlib>
 
 namespace flash::cuda {
 namespace {
@@ -39,22 +41,21 @@ struct Tiling {
 };
 
 // Warps own 32 queries where their part of O and of the scores then still fits into 255 registers: every fragment of
-// K and V that they read serves two products instead of one. 128 threads with 255 registers leave room for two thread
-// blocks per multiprocessor, whose softmax and products overlap.
-Tiling fwd_tiling(int32 head_dim, const Arch& arch) {
+// K and V that they read serves two products instead of one. Beyond head dim 128 they own 16. Always 128 threads, so
+// that two thread blocks, whose softmax and products overlap, share a multiprocessor.
+Tiling fwd_tiling(int32 head_dim) {
   if (head_dim <= 64) return {128, 128, 4, 1, 1, 2};
   if (head_dim <= 128) return {128, 64, 4, 1, 1, 2};
-  if (arch.max_shared_bytes >= (head_dim > 192 ? 128 : 96) * 1024) return {128, 64, 8, 1, 1, 1};
-  return {64, 64, 4, 1, 1, 1};  // 8.6, 8.9 and 12.x have 99 KB
+  return {64, 64, 4, 1, 1, 2};
 }
 
-// dK and dV of a warp's keys stay in registers. Beyond head dim 128 two warps share them.
+// dK and dV of a warp's keys stay in registers; where they would not fit, warps_d warps share them.
 Tiling bwd_tiling(int32 head_dim, const Arch& arch) {
   const bool small = arch.max_shared_bytes < 160 * 1024;  // 8.6, 8.9 and 12.x have 99 KB
-  if (head_dim <= 64) return {64, 128, 8, 1, 2, 1};
-  if (head_dim <= 128) return small ? Tiling{64, 64, 4, 1, 1, 1} : Tiling{64, 128, 8, 1, 2, 1};
+  if (head_dim <= 64) return {32, 128, 4, 1, 2, 2};
+  if (head_dim <= 128) return small ? Tiling{64, 64, 4, 2, 1, 1} : Tiling{64, 128, 8, 2, 2, 1};
   if (small) return {32, 32, 4, 2, 1, 1};
-  return {64, 64, 8, 2, arch.max_shared_bytes >= 220 * 1024 ? 2 : 1, 1};
+  return {64, 64, 8, head_dim <= 192 ? 2 : 4, 1, 1};
 }
 
 }  // namespace
@@ -78,14 +79,17 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   KernelConfig c = facts;
   c.head_dim = tiled_head_dim(facts.head_dim);
   c.head_dim_v = tiled_head_dim(facts.head_dim_v);
+  c.exact = c.head_dim == facts.head_dim && c.head_dim_v == facts.head_dim_v;
   const int32 larger = max_of(c.head_dim, c.head_dim_v);
-  const Tiling t = c.direction == Direction::kFwd ? fwd_tiling(larger, arch) : bwd_tiling(larger, arch);
+  const Tiling t = c.direction == Direction::kFwd ? fwd_tiling(larger) : bwd_tiling(larger, arch);
   c.block_q = t.block_q;
   c.block_kv = t.block_kv;
   c.num_warps = t.num_warps;
   c.warps_d = t.warps_d;
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
+  if (const char* e = getenv(c.direction == Direction::kFwd ? "JF_FWD" : "JF_BWD"); e && *e)  // TUNE
+    sscanf(e, "%d,%d,%d,%d,%d,%d", &c.block_q, &c.block_kv, &c.num_warps, &c.warps_d, &c.num_stages, &c.min_blocks);
   return c;
 }
 

@@ -296,7 +296,10 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
       for (int64 size : d.dims(Operand::kBias)) p.dbias_elements *= size;
     }
     const size_t scratch = p.bias.data ? 5 : 4;
-    p.dq_accum = d.result(scratch, "dq_accum", {head, row, dim}, kF32);
+    const int64 accum_blocks = p.seqlen_q / 16 + p.num_sequences, accum_floats = 16 * round_up(p.head_dim, 8);
+    p.dq_accum = d.result(scratch, "dq_accum",
+                          {head, {&View::row_stride, accum_blocks}, {&View::col_stride, accum_floats}}, kF32);
+    p.dq_accum_elements = num_batch_entries(p) * p.num_heads * accum_blocks * accum_floats;
     if (attrs.deterministic) p.tickets = d.result(scratch + 1, "tickets", {head, row}, kS32);
   }
   if (!d.ok()) return xf::Unexpected(d.error());

@@ -1,4 +1,4 @@
-// After the backward: dq = scale * dq_accum, rounded to the query's dtype.
+// After the backward: dq = scale * dq_accum, as rows and rounded to the query's dtype.
 #pragma once
 
 #include "common/config.h"
@@ -10,33 +10,46 @@ namespace flash {
 
 inline constexpr int32 kPostprocessRows = 64;  // per thread block of 128 threads; the launch counts on it
 
-// Eight threads share a row; rows are those of dq in memory, [batch, row, head].
 template <KernelConfig kC>
 __forceinline__ void bwd_postprocess(const BwdProblem& p) {
-  constexpr int32 kAxes = kC.num_batch_axes;
-  const int64 total = num_batch_entries(p) * p.seqlen_q * p.num_heads;
+  constexpr int32 kAxes = kC.num_batch_axes, kThreads = 128;
+  const int32 head_dim = int32(p.head_dim), tiles = (head_dim + 7) / 8;
   const float scale = p.options.scale;
+  auto on_block = [&](const Sequence& s, int32 head, int32 row) {
+    // A thread has 8 columns of a row and of the eighth row below it, which lie side by side in dq_accum.
+    for (int32 item = threadIdx.x; item < kPostprocessRows / 2 * tiles; item += kThreads) {
+      const int32 block_row = row + item / (8 * tiles) * kAccumRows, tile = item / 8 % tiles, r = item % 8;
+      if (block_row >= s.q.size) break;
+      const float4* sums = reinterpret_cast<const float4*>(accum_block_of<kAxes>(p, s, head, block_row)) + tile * 32 + r * 4;
+      const float4 x[4] = {sums[0], sums[1], sums[2], sums[3]};
 #pragma unroll
-  for (int32 pass = 0; pass < kPostprocessRows; pass += 16) {
-    const int64 index = int64(blockIdx.x) * kPostprocessRows + pass + threadIdx.x / 8;
-    if (index >= total) return;
-    const int64 head = index % p.num_heads, row = index / p.num_heads % p.seqlen_q, batch = index / p.num_heads / p.seqlen_q;
-    const float* sum = address_of<const float, kAxes>(p, p.dq_accum, batch, head, row);
-    uint16* dq = address_of<uint16, kAxes>(p, p.dq, batch, head, row);
-    if constexpr (kC.aligned) {
+      for (int32 h = 0; h < 2; ++h) {
+        const int32 i = block_row + r + 8 * h;
+        if (i >= s.q.size) continue;
+        uint32 packed[4];
 #pragma unroll
-      for (int32 c = 0; c < kC.head_dim; c += 64) {
-        const int32 col = c + threadIdx.x % 8 * 8;
-        if (col >= p.head_dim) continue;
-        const float4 x = *reinterpret_cast<const float4*>(sum + col), y = *reinterpret_cast<const float4*>(sum + col + 4);
-        *reinterpret_cast<uint4*>(dq + col) = {
-            ptx::pack<kC.dtype>(x.x * scale, x.y * scale), ptx::pack<kC.dtype>(x.z * scale, x.w * scale),
-            ptx::pack<kC.dtype>(y.x * scale, y.y * scale), ptx::pack<kC.dtype>(y.z * scale, y.w * scale)};
+        for (int32 c = 0; c < 4; ++c)
+          packed[c] = i >= s.q.used ? 0
+                      : h           ? ptx::pack<kC.dtype>(x[c].z * scale, x[c].w * scale)
+                                    : ptx::pack<kC.dtype>(x[c].x * scale, x[c].y * scale);
+        uint16* dq = address_of<uint16, kAxes>(p, p.dq, s.batch, head, s.q.begin + i) + tile * 8;
+        if constexpr (kC.aligned) {
+          *reinterpret_cast<uint4*>(dq) = {packed[0], packed[1], packed[2], packed[3]};
+        } else {
+#pragma unroll
+          for (int32 c = 0; c < 8; ++c)
+            if (tile * 8 + c < head_dim) dq[c] = uint16(packed[c / 2] >> (16 * (c % 2)));
+        }
       }
-    } else {
-      for (int32 c = threadIdx.x % 8; c < p.head_dim; c += 8) dq[c] = uint16(ptx::pack<kC.dtype>(sum[c] * scale, 0.0f));
     }
-  }
+  };
+  for_each_block<kAxes, Side::kQueries, kPostprocessRows, kThreads, false>(
+      p, on_block, [&](int64 batch, int64 row) {
+        for (int64 head = 0; head < p.num_heads; ++head) {
+          uint16* dq = address_of<uint16, kAxes>(p, p.dq, batch, head, row);
+          for (int64 c = 0; c < head_dim; ++c) dq[c] = 0;
+        }
+      });
 }
 
 }  // namespace flash

@@ -19,9 +19,9 @@ struct FwdStorage {
   using K = Tile<kC.block_kv, kC.head_dim>;
   using V = Tile<kC.block_kv, kC.head_dim_v>;
   using O = Tile<kC.block_q, kC.head_dim_v>;
-  alignas(1024) char q[max_of(Q::kBytes, O::kBytes)];  // O on its way out takes Q's place
-  alignas(1024) char k[K::kBytes];
-  alignas(1024) char v[V::kBytes];
+  // Offsets in bytes. O on its way out takes Q's place.
+  static constexpr int32 kQ = 0, kK = max_of(Q::kBytes, O::kBytes), kV = kK + K::kBytes, kEnd = kV + V::kBytes;
+  static_assert(kEnd == shared_bytes(kC));
 };
 
 // Running softmax statistics of a thread's rows.
@@ -41,38 +41,55 @@ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// s becomes 2^(s - max); the statistics and o follow the new maximum. kGuard: a row may have seen no key so far.
+// The maximum that scores are taken relative to may lag behind the true one by this much, in log2 units: weights stay
+// below 2^8, which costs no precision, and o need hardly ever be rescaled.
+inline constexpr float kMaxLag = 8.0f;
+
+// s becomes 2^(s - max); the statistics and o follow the maximum when it has grown by kMaxLag in a row of the warp.
+// kGuard: a row may have seen no key so far.
 template <bool kGuard, int32 kM, int32 kN, int32 kDimV>
 __forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o,
                                     float factor) {
+  float max[kM / 8];
+  bool grows = false;
 #pragma unroll
-  for (int32 m = 0; m < kM / 16; ++m)
+  for (int32 r = 0; r < kM / 8; ++r) {
+    max[r] = s.x[r / 2][0][r % 2 * 2];
 #pragma unroll
-    for (int32 h = 0; h < 2; ++h) {
-      float row_max = s.x[m][0][2 * h];
+    for (int32 n = 0; n < kN / 8; ++n)
+      max[r] = fmaxf(max[r], fmaxf(s.x[r / 2][n][r % 2 * 2], s.x[r / 2][n][r % 2 * 2 + 1]));
+    max[r] = quad_max(max[r]);
+    // Also true where nothing has been seen before, and (as a negation) for NaN.
+    grows = grows || !(max[r] * factor <= state.max[r] * factor + kMaxLag);
+  }
+  if (__any_sync(~0u, grows)) {
 #pragma unroll
-      for (int32 n = 0; n < kN / 8; ++n)
-        row_max = fmaxf(row_max, fmaxf(s.x[m][n][2 * h], s.x[m][n][2 * h + 1]));
-      const float old_max = state.max[2 * m + h];
-      const float new_max = fmaxf(old_max, quad_max(row_max));
-      state.max[2 * m + h] = new_max;
-      const float base = (kGuard && new_max == -kInfinity ? 0.0f : new_max) * factor;
-      const float rescale = ptx::ex2_approx(old_max * factor - base);
-      float sum = state.sum[2 * m + h] * rescale;
-#pragma unroll
-      for (int32 n = 0; n < kN / 8; ++n)
-#pragma unroll
-        for (int32 e = 0; e < 2; ++e) {
-          const float x = ptx::ex2_approx(s.x[m][n][2 * h + e] * factor - base);
-          s.x[m][n][2 * h + e] = x;
-          sum += x;
-        }
-      state.sum[2 * m + h] = sum;
+    for (int32 r = 0; r < kM / 8; ++r) {
+      const float new_max = fmaxf(state.max[r], max[r]);
+      // Where no key has been seen: 0 - -inf, and a sum and o of zero.
+      const float rescale = new_max == -kInfinity ? 1.0f : ptx::ex2_approx((state.max[r] - new_max) * factor);
+      state.max[r] = new_max;
+      state.sum[r] *= rescale;
 #pragma unroll
       for (int32 n = 0; n < kDimV / 8; ++n)
 #pragma unroll
-        for (int32 e = 0; e < 2; ++e) o.x[m][n][2 * h + e] *= rescale;
+        for (int32 e = 0; e < 2; ++e) o.x[r / 2][n][r % 2 * 2 + e] *= rescale;
     }
+  }
+#pragma unroll
+  for (int32 r = 0; r < kM / 8; ++r) {
+    const float base = (kGuard && state.max[r] == -kInfinity ? 0.0f : state.max[r]) * factor;
+    float sum = 0.0f;
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+      for (int32 e = 0; e < 2; ++e) {
+        float& x = s.x[r / 2][n][r % 2 * 2 + e];
+        x = ptx::ex2_approx(x * factor - base);
+        sum += x;
+      }
+    state.sum[r] += sum;
+  }
 }
 
 template <KernelConfig kC>
@@ -82,14 +99,11 @@ struct FwdBlock {
   static constexpr int32 kBatchAxes = kC.num_batch_axes;
   static constexpr DType kDType = kC.dtype;
   using Storage = FwdStorage<kC>;
-  static_assert(sizeof(Storage) == shared_bytes(kC));
   static_assert(kRowsPerWarp == 16 || kRowsPerWarp == 32);
 
   // One block of queries, from row `q_row` of the sequence on.
   static __forceinline__ void run(const FwdProblem& p, char* shared, const Sequence& seq, int64 head, int32 q_row) {
-    Storage& storage = *reinterpret_cast<Storage*>(shared);
-    const uint32 q_tile = ptx::shared_address(storage.q), k_tile = ptx::shared_address(storage.k);
-    const uint32 v_tile = ptx::shared_address(storage.v);
+    const uint32 base = ptx::shared_address(shared);
     const int32 head_dim = int32(p.head_dim), head_dim_v = int32(p.head_dim_v);
     const int32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * kRowsPerWarp;
     const int32 rows = min_of(kC.block_q, seq.q.used - q_row);  // that take part
@@ -125,22 +139,22 @@ struct FwdBlock {
     const auto k_rows = rows_of(p.k);
     const auto v_rows = rows_of(p.v);
     auto load_k = [&](int32 n) {
-      load_tile<typename Storage::K, kC.aligned, kThreads>(k_tile, k_rows, n * kC.block_kv, seq.kv.used, head_dim);
+      load_tile<typename Storage::K, kC.aligned, kC.exact, kThreads>(base + Storage::kK, k_rows, n * kC.block_kv, seq.kv.used, head_dim);
       ptx::cp_async_commit();
     };
     auto load_v = [&](int32 n) {
-      load_tile<typename Storage::V, kC.aligned, kThreads>(v_tile, v_rows, n * kC.block_kv, seq.kv.used, head_dim_v);
+      load_tile<typename Storage::V, kC.aligned, kC.exact, kThreads>(base + Storage::kV, v_rows, n * kC.block_kv, seq.kv.used, head_dim_v);
       ptx::cp_async_commit();
     };
 
     const StridedRows q_rows = {address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, head, seq.q.begin),
                                 p.q.row_stride};
-    load_tile<typename Storage::Q, kC.aligned, kThreads>(q_tile, q_rows, q_row, seq.q.used, head_dim);
+    load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used, head_dim);
     if (first < end) load_k(end - 1);
 
-    const RowsOfA<typename Storage::Q> q(q_tile, warp_row);
-    const RowsOfB<typename Storage::K> k(k_tile, 0);
-    const ColsOfB<typename Storage::V> v(v_tile);
+    const RowsOfA<typename Storage::Q> q{{base, Storage::kQ, warp_row}};
+    const RowsOfB<typename Storage::K> k{{base, Storage::kK, 0}};
+    const ColsOfB<typename Storage::V> v{{base, Storage::kV, 0}};
     const float factor = score_factor(in);
     Accumulator<kRowsPerWarp, kC.head_dim_v> o;
     SoftmaxState<kRowsPerWarp / 8> state;
@@ -198,14 +212,14 @@ struct FwdBlock {
       const int32 row = warp_row + 8 * r + lane / 4;
       if (lane % 4 == 0 && row < rows) lse_rows[row] = lse[r] * kLn2;
     }
-    store<kDType, typename Storage::O>(o, q_tile, warp_row, 0, 0,
-                                       [&](int32 m, int32 h) { return normalizer[2 * m + h]; });
+    TileWriter<typename Storage::O>(base, Storage::kQ, warp_row)
+        .template store<kDType>(o, [&](int32 m, int32 h) { return normalizer[2 * m + h]; });
     __syncthreads();
-    store_tile<typename Storage::O, kC.aligned, kThreads>(storage.q, o_rows, p.o.row_stride, rows, head_dim_v);
+    store_tile<typename Storage::O, kC.aligned, kThreads>(shared + Storage::kQ, o_rows, p.o.row_stride, rows, head_dim_v);
 
     if constexpr (kC.return_softmax) {  // a testing aid: a second pass, as only now the sums are known
       __syncthreads();
-      load_tile<typename Storage::Q, kC.aligned, kThreads>(q_tile, q_rows, q_row, seq.q.used, head_dim);
+      load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used, head_dim);
       for (int32 n = first; n < end; ++n) {
         __syncthreads();
         load_k(n);
@@ -241,36 +255,19 @@ struct FwdBlock {
   }
 };
 
-// The grid is [batch entry, sequence, head, block of queries], then, if packed, blocks of rows of batch entries to look
-// for rows that lie in no sequence. Late blocks of queries come first: they are the longest if causal.
 template <KernelConfig kC>
 __forceinline__ void fwd(const FwdProblem& p) {
   extern __shared__ __align__(1024) char shared[];
-  constexpr int32 kThreads = num_threads(kC);
-  // 32 bits, as the grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
-  const uint32 q_blocks = uint32(ceil_div(p.max_seqlen_q, kC.block_q)), num_heads = uint32(p.num_heads);
-  const uint32 num_sequences = uint32(p.num_sequences), units = q_blocks * num_heads * num_sequences * num_batch_entries(p);
-  uint32 unit = blockIdx.x;
-  if (unit < units) {
-    const uint32 block = q_blocks - 1 - unit % q_blocks, head = unit / q_blocks % num_heads;
-    unit /= q_blocks * num_heads;
-    const Sequence seq = sequence_of<kC.num_batch_axes>(p, unit / num_sequences, int32(unit % num_sequences));
-    // More than once only if max_seqlen_q was too small.
-    for (int64 row = int64(block) * kC.block_q; row < seq.q.size; row += int64(q_blocks) * kC.block_q) {
-      FwdBlock<kC>::run(p, shared, seq, head, int32(row));
-      __syncthreads();
-    }
-  } else {
-    unit -= units;
-    const uint32 blocks = uint32(ceil_div(p.seqlen_q, kThreads)), batch = unit / blocks;
-    const int64 row = int64(unit % blocks) * kThreads + threadIdx.x;
-    if (row >= p.seqlen_q || !outside_all_sequences<kC.num_batch_axes>(p, p.cu_seqlens_q, batch, int32(row))) return;
-    for (int64 head = 0; head < p.num_heads; ++head) {
-      uint16* o = address_of<uint16, kC.num_batch_axes>(p, p.o, batch, head, row);
-      for (int64 c = 0; c < p.head_dim_v; ++c) o[c] = 0;
-      *address_of<float, kC.num_batch_axes>(p, p.lse, batch, head, row) = -kInfinity;
-    }
-  }
+  constexpr int32 kAxes = kC.num_batch_axes;
+  for_each_block<kAxes, Side::kQueries, kC.block_q, num_threads(kC), true>(
+      p, [&](const Sequence& s, int32 head, int32 row) { FwdBlock<kC>::run(p, shared, s, head, row); },
+      [&](int64 batch, int64 row) {
+        for (int64 head = 0; head < p.num_heads; ++head) {
+          uint16* o = address_of<uint16, kAxes>(p, p.o, batch, head, row);
+          for (int64 c = 0; c < p.head_dim_v; ++c) o[c] = 0;
+          *address_of<float, kAxes>(p, p.lse, batch, head, row) = -kInfinity;
+        }
+      });
 }
 
 }  // namespace flash::sm80

@@ -48,8 +48,9 @@ struct PagedRows {
 };
 
 // Starts the copy of rows [row, row + T::kRows) of `source` into a tile; rows from `row_end` on and columns from `cols`
-// on become zero. Aligned rows go by cp.async, to be committed and awaited by the caller; others are copied at once.
-template <class T, bool kAligned, int32 kThreads, class Rows>
+// on become zero (kExact: there are none). Aligned rows go by cp.async, to be committed and awaited by the caller; others
+// are copied at once.
+template <class T, bool kAligned, bool kExact, int32 kThreads, class Rows>
 __forceinline__ void load_tile(uint32 tile, const Rows& source, int32 row, int32 row_end, int32 cols) {
   constexpr int32 kRowsPerPass = kThreads / T::kChunks;
   const int32 chunk = threadIdx.x % T::kChunks, first = threadIdx.x / T::kChunks;
@@ -66,7 +67,7 @@ __forceinline__ void load_tile(uint32 tile, const Rows& source, int32 row, int32
         const uint32 place = target + panel * T::kPanelBytes + r * T::kRowBytes;
         if constexpr (kAligned) {
           // Nothing is read where the count is 0, so that the pointer may lie beyond the end.
-          ptx::cp_async_16(place, cursor.data + col, in_rows && col < cols ? 16 : 0);
+          ptx::cp_async_16(place, cursor.data + col, in_rows && (kExact || col < cols) ? 16 : 0);
         } else {
 #pragma unroll
           for (int32 i = 0; i < 4; ++i) {

@@ -30,19 +30,34 @@ struct Tile {
   }
 };
 
-// A fragment-wise reader of a Tile: ldmatrix.x4 takes the 16 x 16 block at (row, col), multiples of 16. One address per
-// thread is computed once; a block's place is then a constant offset and, for its column in the panel, a XOR.
-template <class T>
+// The order in which ldmatrix.x4 takes the four 8 x 8 matrices of a 16 x 16 block. Operands come out in the order in which
+// mma.sync wants them, so that no register has to be moved.
+enum class Order { kDown, kAcross };
+
+// A fragment-wise reader of a Tile: the 16 x 16 block at (row, col), multiples of 16. One address per thread is computed
+// once; a block's place is then a constant offset and, for its column in the panel, a XOR. The tile's own place in shared
+// memory, a constant too, is added last, so that readers of tiles of one shape share their registers.
+template <class T, Order kOrder>
 struct TileReader {
   uint32 address;
+  int32 tile;
 
-  // For blocks at (row + constant, constant columns).
-  __forceinline__ TileReader(uint32 base, int32 row) {
-    const int32 lane = threadIdx.x % 32;
-    address = base + T::offset(row + lane % 16, lane / 16);
+  // For blocks at (row + constant, col + constant) of the tile `tile_offset` bytes into shared memory. Constant columns
+  // must not carry into the bits of `col`: it is 0, or the column of a share whose width is a power of two, or dealt as
+  // ColsOfB does.
+  __forceinline__ TileReader(uint32 shared, int32 tile_offset, int32 row, int32 col = 0) : tile(tile_offset) {
+    const int32 first = threadIdx.x % 8, second = threadIdx.x / 8 % 2, third = threadIdx.x / 16 % 2;
+    address = shared + (kOrder == Order::kDown ? T::offset(row + first + 8 * second, col / 8 + third)
+                                               : T::offset(row + first + 8 * third, col / 8 + second));
   }
   __forceinline__ uint32 at(int32 row, int32 col) const {
-    return (address ^ (col % T::kPanelCols * 2)) + col / T::kPanelCols * T::kPanelBytes + row * T::kRowBytes;
+    return (address ^ (col % T::kPanelCols * 2)) + (tile + col / T::kPanelCols * T::kPanelBytes + row * T::kRowBytes);
+  }
+  // The same block of stage `i` of tiles that lie one behind the other.
+  __forceinline__ TileReader stage(int32 i) const {
+    TileReader next = *this;
+    next.address += i * T::kBytes;
+    return next;
   }
 };
 
@@ -50,23 +65,16 @@ struct TileReader {
 
 // A as it is stored, rows m.
 template <class T>
-struct RowsOfA : TileReader<T> {
-  using TileReader<T>::TileReader;
-  __forceinline__ void load(uint32 (&a)[4], int32 m, int32 k) const { ptx::ldmatrix_x4(a, this->at(m, k)); }
+struct RowsOfA {
+  TileReader<T, Order::kDown> reader;
+  __forceinline__ void load(uint32 (&a)[4], int32 m, int32 k) const { ptx::ldmatrix_x4(a, reader.at(m, k)); }
 };
 
 // A stored transposed, rows k.
 template <class T>
 struct ColsOfA {
-  TileReader<T> reader;
-  __forceinline__ ColsOfA(uint32 base, int32 col) : reader(base + col / T::kPanelCols * T::kPanelBytes, 0) {
-    reader.address ^= col % T::kPanelCols * 2;
-  }
-  __forceinline__ void load(uint32 (&a)[4], int32 m, int32 k) const {
-    uint32 r[4];
-    ptx::ldmatrix_x4_trans(r, reader.at(k, m));
-    a[0] = r[0], a[1] = r[2], a[2] = r[1], a[3] = r[3];
-  }
+  TileReader<T, Order::kAcross> reader;
+  __forceinline__ void load(uint32 (&a)[4], int32 m, int32 k) const { ptx::ldmatrix_x4_trans(a, reader.at(k, m)); }
 };
 
 // A that an accumulator left in registers: [M, K] as pairs of 16-bit floats.
@@ -79,35 +87,29 @@ struct RegistersOfA {
   }
 };
 
-// B stored transposed, rows n (keys of K in Q K^T).
+// B stored transposed, rows n (keys of K in Q K^T). A load gives the fragments of columns [n, n + 8), then those of
+// [n + 8, n + 16).
 template <class T>
-struct RowsOfB : TileReader<T> {
-  using TileReader<T>::TileReader;
-  // Fragments b0, b1 of columns [n, n + 8), then those of [n + 8, n + 16).
-  __forceinline__ void load(uint32 (&b)[4], int32 k, int32 n) const {
-    uint32 r[4];
-    ptx::ldmatrix_x4(r, this->at(n, k));
-    b[0] = r[0], b[1] = r[2], b[2] = r[1], b[3] = r[3];
-  }
+struct RowsOfB {
+  TileReader<T, Order::kAcross> reader;
+  __forceinline__ void load(uint32 (&b)[4], int32 k, int32 n) const { ptx::ldmatrix_x4(b, reader.at(n, k)); }
 };
 
-// B as it is stored, rows k (keys of V in P V). With kGroups > 1 group g of warps has every kGroups-th block of 16
-// columns: this deal, unlike contiguous shares, keeps all addresses constant offsets in panels of any width.
+// B as it is stored, rows k (keys of V in P V). With kGroups > 1 group g of warps, whose reader starts at column 16 g, has
+// every kGroups-th block of 16 columns: this deal, unlike contiguous shares, keeps all addresses constant offsets in
+// panels of any width.
 template <class T, int32 kGroups = 1>
 struct ColsOfB {
-  TileReader<T> reader;
-  __forceinline__ ColsOfB(uint32 base, int32 group = 0) : reader(base, 0) {
-    reader.address = base + T::offset(threadIdx.x % 16, 2 * group + threadIdx.x % 32 / 16);
-  }
+  TileReader<T, Order::kDown> reader;
   __forceinline__ void load(uint32 (&b)[4], int32 k, int32 n) const {
     ptx::ldmatrix_x4_trans(b, reader.at(k, n * kGroups));
   }
 };
 
-// Column in the whole matrix of the first column of n-tile `n` of group `group`.
+// Column, behind the group's first, of the first column of n-tile `n`.
 template <int32 kGroups>
-__forceinline__ int32 dealt_column(int32 n, int32 group) {
-  return n / 2 * (16 * kGroups) + group * 16 + n % 2 * 8;
+__forceinline__ constexpr int32 dealt_column(int32 n) {
+  return n / 2 * (16 * kGroups) + n % 2 * 8;
 }
 
 // An accumulator of [kM, kN]: fragment [m][n] holds rows 16 m + lane / 4 + 8 h and columns 8 n + 2 (lane % 4) + e in
@@ -128,25 +130,36 @@ struct Accumulator {
   }
 };
 
-// c += a b over kK.
+// c += a b over kK. Fragments are fetched up to two products ahead of their use.
 template <DType kDType, int32 kK, int32 kM, int32 kN, class A, class B>
 __forceinline__ void gemm(Accumulator<kM, kN>& c, const A& a_operand, const B& b_operand) {
+  constexpr int32 kColumns = kN / 16, kAhead = kColumns > 1 ? 2 : 1, kSteps = kK / 16 * kColumns;
+  uint32 a[2][kM / 16][4], b[kAhead + 1][4];
+  auto fetch = [&](int32 step) {
+    if (step >= kSteps) return;
+    const int32 k = step / kColumns * 16, n = step % kColumns * 16;
+    if (n == 0) {
 #pragma unroll
-  for (int32 k = 0; k < kK; k += 16) {
-    uint32 a[kM / 16][4];
+      for (int32 m = 0; m < kM; m += 16) a_operand.load(a[k / 16 % 2][m / 16], m, k);
+    }
+    b_operand.load(b[step % (kAhead + 1)], k, n);
+  };
 #pragma unroll
-    for (int32 m = 0; m < kM; m += 16) a_operand.load(a[m / 16], m, k);
+  for (int32 step = 0; step < kAhead; ++step) fetch(step);
+  // Two loops, as compilers would not unroll one of kSteps.
 #pragma unroll
-    for (int32 n = 0; n < kN; n += 16) {
-      uint32 b[4];
-      b_operand.load(b, k, n);
+  for (int32 k = 0; k < kK / 16; ++k)
+#pragma unroll
+    for (int32 n = 0; n < kColumns; ++n) {
+      const int32 step = k * kColumns + n;
+      fetch(step + kAhead);
+      const uint32(&b_now)[4] = b[step % (kAhead + 1)];
 #pragma unroll
       for (int32 m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<kDType>(c.x[m][n / 8], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<kDType>(c.x[m][n / 8 + 1], a[m], b[2], b[3]);
+        ptx::mma_m16n8k16<kDType>(c.x[m][2 * n], a[k % 2][m], b_now[0], b_now[1]);
+        ptx::mma_m16n8k16<kDType>(c.x[m][2 * n + 1], a[k % 2][m], b_now[2], b_now[3]);
       }
     }
-  }
 }
 
 // An accumulator of [kM, kN] as the A operand of the next product.
@@ -165,21 +178,28 @@ __forceinline__ void pack(uint32 (&a)[kM / 16][kN / 16][4], const Accumulator<kM
     }
 }
 
-// Writes an accumulator times factor(m, h), with rows from `row` on and columns from `col` on, or those dealt to a group.
-template <DType kDType, class T, int32 kGroups = 1, int32 kM, int32 kN, class Factor>
-__forceinline__ void store(const Accumulator<kM, kN>& c, uint32 base, int32 row, int32 col, int32 group, Factor factor) {
-  const int32 lane = threadIdx.x % 32;
+// The writing counterpart of TileReader.
+template <class T>
+struct TileWriter {
+  TileReader<T, Order::kDown> place;
+  __forceinline__ TileWriter(uint32 shared, int32 tile_offset, int32 row, int32 col = 0) : place(shared, tile_offset, 0) {
+    const int32 lane = threadIdx.x % 32;
+    place.address = shared + T::offset(row + lane / 4, col / 8) + lane % 4 * 4;
+  }
+  // Writes an accumulator times factor(m, h), with columns side by side or dealt.
+  template <DType kDType, int32 kGroups = 1, int32 kM, int32 kN, class Factor>
+  __forceinline__ void store(const Accumulator<kM, kN>& c, Factor factor) const {
 #pragma unroll
-  for (int32 m = 0; m < kM / 16; ++m)
+    for (int32 m = 0; m < kM / 16; ++m)
 #pragma unroll
-    for (int32 h = 0; h < 2; ++h) {
-      const float f = factor(m, h);
+      for (int32 h = 0; h < 2; ++h) {
+        const float f = factor(m, h);
 #pragma unroll
-      for (int32 n = 0; n < kN / 8; ++n)
-        ptx::st_shared(base + T::offset(row + 16 * m + 8 * h + lane / 4, (col + dealt_column<kGroups>(n, group)) / 8) +
-                           lane % 4 * 4,
-                       ptx::pack<kDType>(c.x[m][n][2 * h] * f, c.x[m][n][2 * h + 1] * f));
-    }
-}
+        for (int32 n = 0; n < kN / 8; ++n)
+          ptx::st_shared(place.at(16 * m + 8 * h, dealt_column<kGroups>(n)),
+                         ptx::pack<kDType>(c.x[m][n][2 * h] * f, c.x[m][n][2 * h + 1] * f));
+      }
+  }
+};
 
 }  // namespace flash

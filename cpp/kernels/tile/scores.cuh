@@ -163,17 +163,19 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
     }
 }
 
-// Calls visit(m, n, e, kept) for each element of the thread's part of a tile that starts at (row, col), multiples of 16
-// and 32. One call of Philox serves the rows and columns that a thread owns of 32 x 32 elements, with the same column
-// residue; where a tile has only 16 rows, half of what it yields.
+// Calls visit(m, n, e, kept) for each element of the thread's part of a tile that starts at (row, col), multiples of 16.
+// One call of Philox serves the rows and columns that a thread owns of 32 x 32 elements, with the same column residue;
+// where a tile has only 16 rows or columns, half of what it yields.
 template <bool kTransposed, int32 kM, int32 kN, class Visit>
 __forceinline__ void for_each_dropout_bit(const DropoutStream& stream, int32 keep_threshold, int32 row, int32 col,
                                           Visit visit) {
-  static_assert(kN % 32 == 0 && (kM == 16 || kM == 32));
+  static_assert((kM == 16 || kM == 32) && (kN == 16 || kN % 32 == 0));
+  constexpr int32 kTiles = min_of(kN / 8, 4);  // n-tiles that a call serves
   const int32 lane = threadIdx.x % 32;
-  const bool lower_half = row % 32 != 0;  // of a 32 x 32 block
+  // Of a 32 x 32 block.
+  const bool lower_half = kM == 16 && row % 32 != 0, right_half = kN == 16 && col % 32 != 0;
 #pragma unroll
-  for (int32 n = 0; n < kN / 8; n += 4)
+  for (int32 n = 0; n < kN / 8; n += kTiles)
 #pragma unroll
     for (int32 e = 0; e < 2; ++e) {
       const uint32 row_tile = row / 32, col_tile = col / 32 + n / 4, row_residue = lane / 4, col_residue = lane % 4 * 2 + e;
@@ -182,18 +184,12 @@ __forceinline__ void for_each_dropout_bit(const DropoutStream& stream, int32 kee
 #pragma unroll
       for (int32 r = 0; r < kM / 8; ++r)
 #pragma unroll
-        for (int32 c = 0; c < 4; ++c) {
+        for (int32 c = 0; c < kTiles; ++c) {
           // Words go by queries, bytes by keys.
-          uint32 word;
-          uint32 byte;
-          if constexpr (kTransposed) {
-            word = bytes.word[c];
-            byte = r + (kM == 16 && lower_half ? 2 : 0);
-          } else {
-            word = kM == 16 && lower_half ? bytes.word[r + 2] : bytes.word[r];
-            byte = c;
-          }
-          visit(r / 2, n + c, r % 2 * 2 + e, dropout_keeps(word, byte, keep_threshold));
+          const int32 query = kTransposed ? c : r, key = kTransposed ? r : c;
+          const bool second_query = kTransposed ? right_half : lower_half, second_key = kTransposed ? lower_half : right_half;
+          const uint32 word = query < 2 && second_query ? bytes.word[query + 2] : bytes.word[query];
+          visit(r / 2, n + c, r % 2 * 2 + e, dropout_keeps(word, key + (second_key ? 2 : 0), keep_threshold));
         }
     }
 }

@@ -66,6 +66,16 @@ __forceinline__ MaskRule mask_rule_of(const Problem& p, const Sequence& s) {
   return make_mask_rule(s.q.used, s.kv.used, p.options.window_left, p.options.window_right, p.options.bottom_right);
 }
 
+// dq_accum holds sums as the fragments of accumulators: blocks of 16 queries, in them n-tiles of 8 columns, in these four
+// floats of each lane. Every sequence starts a block of its own, at most one more than its rows fill.
+inline constexpr int32 kAccumRows = 16;
+
+template <int32 kBatchAxes>
+__forceinline__ float* accum_block_of(const BwdProblem& p, const Sequence& s, int64 head, int32 row) {
+  return address_of<float, kBatchAxes>(p, p.dq_accum, s.batch, head,
+                                       s.q.begin / kAccumRows + s.index + row / kAccumRows);
+}
+
 // Whether a row of a packed batch entry lies in no sequence; such rows are nobody's and must still be defined.
 template <int32 kBatchAxes>
 __forceinline__ bool outside_all_sequences(const Problem& p, const View& cu_seqlens, int64 batch, int32 row) {
@@ -73,6 +83,39 @@ __forceinline__ bool outside_all_sequences(const Problem& p, const View& cu_seql
   for (int32 i = 0; i < p.num_sequences; ++i)
     if (cu[i] <= row && row < cu[i + 1]) return false;
   return true;
+}
+
+enum class Side { kQueries, kKeys };
+
+// The work of a grid of [batch entry, sequence, head, block of rows] and then, if packed, blocks of kThreads rows of
+// batch entries. Calls on_block(sequence, head, row) for the block's rows, which start at `row` of the sequence, and
+// on_stray(batch, row) in the one thread that looks after a row that lies in no sequence. Late blocks come first where
+// kLateFirst: with a causal mask those of queries are the longest.
+template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kLateFirst, class OnBlock, class OnStray>
+__forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray) {
+  constexpr bool kQueries = kSide == Side::kQueries;
+  // 32 bits, as a grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
+  const uint32 blocks = uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
+  const uint32 num_heads = uint32(kQueries ? p.num_heads : p.num_heads_kv), num_sequences = uint32(p.num_sequences);
+  const uint32 units = blocks * num_heads * num_sequences * uint32(num_batch_entries(p));
+  if (blockIdx.x < units) {
+    const uint32 block = blockIdx.x % blocks, head = blockIdx.x / blocks % num_heads;
+    const uint32 entry = blockIdx.x / (blocks * num_heads);
+    const Sequence s = sequence_of<kBatchAxes>(p, entry / num_sequences, int32(entry % num_sequences));
+    const int32 size = kQueries ? s.q.size : s.kv.size;
+    // More than once only if max_seqlen was too small.
+    for (int64 row = int64(kLateFirst ? blocks - 1 - block : block) * kBlockRows; row < size;
+         row += int64(blocks) * kBlockRows) {
+      on_block(s, int32(head), int32(row));
+      __syncthreads();
+    }
+  } else {
+    const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
+    const uint32 row_blocks = uint32(ceil_div(rows, kThreads)), batch = (blockIdx.x - units) / row_blocks;
+    const int64 row = int64((blockIdx.x - units) % row_blocks) * kThreads + threadIdx.x;
+    if (row < rows && outside_all_sequences<kBatchAxes>(p, kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv, batch, int32(row)))
+      on_stray(int64(batch), row);
+  }
 }
 
 }  // namespace flash

@@ -1,0 +1,103 @@
+"""What a call costs the host: one jitted attention beside an elementwise operation, and chains of 32 of each.
+
+    python -m benchmarks.host --out benchmarks/results/host.json
+
+Inputs are tiny, so that the device is never what is waited for. `host` is the time until the call returns, `latency`
+until its result is there. On a GPU everything is measured with CUDA graphs, as XLA makes them of five and more calls in
+a row, and without.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import machine, peers
+
+_CHAIN = 32
+_IN_FLIGHT = 10  # calls; the runtime would hold back the host if there were many more
+_GRAPHS: dict[str, dict[str, Any]] = {"graphs": {}, "no graphs": {"xla_gpu_enable_command_buffer": ""}}
+
+
+def _functions() -> dict[str, Callable[..., jax.Array]]:
+    """Functions of query, key and value, all of one shape, by name."""
+    import jax_flash
+
+    def elementwise(query, key, value):
+        del key, value
+        return jnp.sin(query)
+
+    functions = {"elementwise": elementwise, "attention": jax_flash.flash_attention}
+    if peers.on_gpu():
+        functions["cudnn"] = lambda *qkv: jax.nn.dot_product_attention(*qkv, implementation="cudnn")
+    return functions
+
+
+def _chained(function: Callable[..., jax.Array], length: int) -> Callable[..., jax.Array]:
+    def chain(query, key, value):
+        for _ in range(length):
+            # The barrier keeps XLA from fusing elementwise operations into one.
+            query = jax.lax.optimization_barrier(function(query, key, value))
+        return query
+
+    return chain
+
+
+def _microseconds(compiled: Callable[..., jax.Array], arguments: list[jax.Array], repeats: int) -> dict[str, float]:
+    """Medians over batches of calls that are never so many that one has to wait."""
+    for _ in range(2 * _IN_FLIGHT):  # XLA captures a graph in the second call
+        jax.block_until_ready(compiled(*arguments))
+    host, latency = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        results = [compiled(*arguments) for _ in range(_IN_FLIGHT)]
+        host.append((time.perf_counter() - start) / _IN_FLIGHT)
+        jax.block_until_ready(results)
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        latency.append(time.perf_counter() - start)
+    return {"host_us": 1e6 * statistics.median(host), "latency_us": 1e6 * statistics.median(latency)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=200, help=f"batches of {_IN_FLIGHT} calls")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    args = parser.parse_args(arguments)
+
+    report: dict[str, Any] = {"command": shlex.join(["python", "-m", "benchmarks.host", *arguments])}
+    report |= machine.describe() | {"results": []}
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = [jax.random.normal(key, (1, 64, 4, 64), jnp.bfloat16) for key in keys]
+    modes = _GRAPHS if peers.on_gpu() else {"graphs": {}}
+    host: dict[tuple[str, str, int], float] = {}
+    print(f"{'function':12} {'calls':>5} {'mode':10} {'host':>9} {'latency':>9}  us")
+    for mode, options in modes.items():
+        for length in (1, _CHAIN):
+            for name, function in _functions().items():
+                chain = jax.jit(_chained(function, length), compiler_options=options)
+                times = _microseconds(chain.lower(*qkv).compile(), qkv, args.repeats)
+                report["results"].append({"function": name, "calls": length, "mode": mode, **times})
+                host[name, mode, length] = times["host_us"]
+                print(f"{name:12} {length:5} {mode:10} {times['host_us']:9.1f} {times['latency_us']:9.1f}", flush=True)
+    for mode in modes:
+        one, chain = (host["attention", mode, n] - host["elementwise", mode, n] for n in (1, _CHAIN))
+        label = f" with {mode}" if len(modes) > 1 else ""
+        print(f"beside elementwise{label}: {one:+.1f} us for one call, {chain / _CHAIN:+.2f} us a call in a chain")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
