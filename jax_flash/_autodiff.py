@@ -87,10 +87,14 @@ def _attend_bwd(attrs: Attrs, residuals, cotangents):
     d_out, d_lse = cotangents
     # A sink is no operand of the backward call: it acts through lse alone.
     inputs = {n: x for n, x in operands.items() if n != "sinks"}
+    if attrs.deterministic and "bias" in operands:
+        # CUDA kernels sum the gradient over axes that the bias broadcasts by atomic additions, in any order. Formed in
+        # full it has one addend each, and XLA sums it.
+        inputs["bias"] = jnp.broadcast_to(inputs["bias"], _scores_shape(operands))
     results = backward(attrs, {**inputs, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse})
     gradients = {n: results[n] for n in ("query", "key", "value")}
     if "bias" in operands:
-        gradients["bias"] = results["bias"].astype(operands["bias"].dtype)
+        gradients["bias"] = _summed_to(operands["bias"].shape, results["bias"]).astype(operands["bias"].dtype)
     if "sinks" in operands:
         gradients["sinks"] = _sinks_gradient(operands["sinks"], lse, results["delta"])
     return ({name: gradients.get(name) for name in operands},)
@@ -99,15 +103,25 @@ def _attend_bwd(attrs: Attrs, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _scores_shape(operands: Arrays) -> tuple[int, ...]:
+    """``[..., N, T, S]`` of a dense call."""
+    *batch, seqlen_q, num_heads, _ = operands["query"].shape
+    return (*batch, num_heads, seqlen_q, operands["key"].shape[-3])
+
+
+def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """``x`` summed over the axes that have size 1 in ``shape``, of as many axes."""
+    shared = tuple(a for a, size in enumerate(shape) if size != x.shape[a])
+    return jnp.sum(x, axis=shared, keepdims=True)
+
+
 def _sinks_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
     """-sum over rows of p_sink * delta, with p_sink = exp(sink - lse), summed over batch axes that ``sinks`` shares.
 
     A sink is a key whose value is zero, so of dS = P * (dP - delta) only delta is left.
     """
     probability = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(sinks[..., None] - lse))  # [..., N, T]
-    gradient = -jnp.sum(probability * delta, axis=-1)
-    shared = tuple(a for a, size in enumerate(sinks.shape[:-1]) if size != gradient.shape[a])
-    return jnp.sum(gradient, axis=shared, keepdims=True)
+    return _summed_to(sinks.shape, -jnp.sum(probability * delta, axis=-1))
 
 
 # Forward-mode differentiation of a custom_vjp fails with a sentence about custom_vjp. An identity in front of it makes

@@ -19,6 +19,7 @@ struct KernelConfig {
   int32 num_batch_axes;
   bool aligned;  // all rows of q, k, v, o start on 16 bytes and are multiples of it
   bool exact;    // head dims fill their tiles
+  bool positive_scale;
   bool softcap;
   bool alibi;
   bool bias;
@@ -51,6 +52,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("num_batch_axes", c.num_batch_axes);
   visit("aligned", c.aligned);
   visit("exact", c.exact);
+  visit("positive_scale", c.positive_scale);
   visit("softcap", c.softcap);
   visit("alibi", c.alibi);
   visit("bias", c.bias);

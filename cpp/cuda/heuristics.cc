@@ -1,8 +1,6 @@
 #include "cuda/heuristics.h"
 
 #include <string>
-#include <cstdio>
-#include <cstdlib>
 
 namespace flash::cuda {
 namespace {
@@ -17,6 +15,7 @@ KernelConfig facts_of_both(const Problem& p, Direction direction) {
   c.head_dim_v = int32(p.head_dim_v);
   c.num_batch_axes = p.num_batch_axes;
   c.aligned = p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0;  // XLA's buffers are; so then are all rows
+  c.positive_scale = p.options.scale > 0.0f;
   c.softcap = p.options.softcap != 0.0f;
   c.alibi = p.alibi_slopes.data;
   c.bias = p.bias.data;
@@ -29,9 +28,10 @@ KernelConfig facts_of_both(const Problem& p, Direction direction) {
   return c;
 }
 
-int32 tiled_head_dim(int32 head_dim) {
+// The least tile, a multiple of `unit`, that holds a head dim.
+int32 tiled_head_dim(int32 head_dim, int32 unit) {
   for (int32 tile : {32, 64, 96, 128, 192}) {
-    if (head_dim <= tile) return tile;
+    if (head_dim <= tile && tile % unit == 0) return tile;
   }
   return 256;
 }
@@ -40,22 +40,31 @@ struct Tiling {
   int32 block_q, block_kv, num_warps, warps_d, num_stages, min_blocks;
 };
 
+// Operands that each score needs hold registers of their own: with several of them, or with rows that are copied element
+// by element, tiles must be smaller lest the main loop spills.
+bool is_crowded(const KernelConfig& c) {
+  return !c.aligned || c.softcap + c.alibi + 2 * c.bias + c.mask + c.segments + c.dropout > 2;
+}
+
 // Warps own 32 queries where their part of O and of the scores then still fits into 255 registers: every fragment of
-// K and V that they read serves two products instead of one. Beyond head dim 128 they own 16. Always 128 threads, so
-// that two thread blocks, whose softmax and products overlap, share a multiprocessor.
-Tiling fwd_tiling(int32 head_dim) {
-  if (head_dim <= 64) return {128, 128, 4, 1, 1, 2};
-  if (head_dim <= 128) return {128, 64, 4, 1, 1, 2};
-  return {64, 64, 4, 1, 1, 2};
+// K and V that they read serves two products instead of one. Otherwise they own 16. Always 128 threads, so that two
+// thread blocks, whose softmax and products overlap, share a multiprocessor.
+Tiling fwd_tiling(const KernelConfig& c, int32 head_dim) {
+  if (is_crowded(c) || head_dim > 128) return {64, 64, 4, 1, 1, 2};
+  if (head_dim <= 64 && !c.bias && !c.mask && !c.segments) return {128, 128, 4, 1, 1, 2};
+  return {128, 64, 4, 1, 1, 2};
 }
 
 // dK and dV of a warp's keys stay in registers; where they would not fit, warps_d warps share them.
-Tiling bwd_tiling(int32 head_dim, const Arch& arch) {
+Tiling bwd_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   const bool small = arch.max_shared_bytes < 160 * 1024;  // 8.6, 8.9 and 12.x have 99 KB
+  if (head_dim > 128) {
+    if (small) return {32, 32, 4, 2, 1, 1};
+    return {64, 64, 8, 4, arch.max_shared_bytes >= 220 * 1024 ? 2 : 1, 1};
+  }
+  if (is_crowded(c)) return {32, 64, 4, 1, 1, 1};
   if (head_dim <= 64) return {32, 128, 4, 1, 2, 2};
-  if (head_dim <= 128) return small ? Tiling{64, 64, 4, 2, 1, 1} : Tiling{64, 128, 8, 2, 2, 1};
-  if (small) return {32, 32, 4, 2, 1, 1};
-  return {64, 64, 8, head_dim <= 192 ? 2 : 4, 1, 1};
+  return small ? Tiling{64, 64, 4, 2, 1, 1} : Tiling{64, 128, 8, 2, 2, 1};
 }
 
 }  // namespace
@@ -77,19 +86,18 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
     throw Error(Error::Code::kUnimplemented,
                 "float32 attention is not supported on GPUs: cast query, key and value to bfloat16 or float16.");
   KernelConfig c = facts;
-  c.head_dim = tiled_head_dim(facts.head_dim);
-  c.head_dim_v = tiled_head_dim(facts.head_dim_v);
+  const int32 larger = max_of(facts.head_dim, facts.head_dim_v);
+  const Tiling t = c.direction == Direction::kFwd ? fwd_tiling(c, larger) : bwd_tiling(c, larger, arch);
+  const int32 unit = t.warps_d > 2 ? 64 : 32;  // each of warps_d warps has blocks of 16 columns
+  c.head_dim = tiled_head_dim(facts.head_dim, unit);
+  c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit);
   c.exact = c.head_dim == facts.head_dim && c.head_dim_v == facts.head_dim_v;
-  const int32 larger = max_of(c.head_dim, c.head_dim_v);
-  const Tiling t = c.direction == Direction::kFwd ? fwd_tiling(larger) : bwd_tiling(larger, arch);
   c.block_q = t.block_q;
   c.block_kv = t.block_kv;
   c.num_warps = t.num_warps;
   c.warps_d = t.warps_d;
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
-  if (const char* e = getenv(c.direction == Direction::kFwd ? "JF_FWD" : "JF_BWD"); e && *e)  // TUNE
-    sscanf(e, "%d,%d,%d,%d,%d,%d", &c.block_q, &c.block_kv, &c.num_warps, &c.warps_d, &c.num_stages, &c.min_blocks);
   return c;
 }
 

@@ -26,12 +26,14 @@ __forceinline__ void bwd_postprocess(const BwdProblem& p) {
       for (int32 h = 0; h < 2; ++h) {
         const int32 i = block_row + r + 8 * h;
         if (i >= s.q.size) continue;
+        // Rows that see no key get 0, also where 0 times a NaN of K that other rows see has been added.
+        const bool seen = i < s.q.used && *address_of<const float, kAxes>(p, p.lse, s.batch, head, s.q.begin + i) != -kInfinity;
         uint32 packed[4];
 #pragma unroll
         for (int32 c = 0; c < 4; ++c)
-          packed[c] = i >= s.q.used ? 0
-                      : h           ? ptx::pack<kC.dtype>(x[c].z * scale, x[c].w * scale)
-                                    : ptx::pack<kC.dtype>(x[c].x * scale, x[c].y * scale);
+          packed[c] = !seen ? 0
+                      : h   ? ptx::pack<kC.dtype>(x[c].z * scale, x[c].w * scale)
+                            : ptx::pack<kC.dtype>(x[c].x * scale, x[c].y * scale);
         uint16* dq = address_of<uint16, kAxes>(p, p.dq, s.batch, head, s.q.begin + i) + tile * 8;
         if constexpr (kC.aligned) {
           *reinterpret_cast<uint4*>(dq) = {packed[0], packed[1], packed[2], packed[3]};

@@ -83,22 +83,26 @@ struct BwdBlock {
     auto load_next = [&] {
       if (next.head == end_head || first == end) return;
       if (next.block == first) {
-        next.q = {address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, next.head, seq.q.begin), p.q.row_stride};
-        next.d_o = {address_of<const uint16, kBatchAxes>(p, p.d_o, seq.batch, next.head, seq.q.begin), p.d_o.row_stride};
-        next.lse = address_of<const float, kBatchAxes>(p, p.lse, seq.batch, next.head, seq.q.begin);
-        next.delta = address_of<const float, kBatchAxes>(p, p.delta, seq.batch, next.head, seq.q.begin);
+        const int64 q_begin = seq.q.begin + first * kC.block_q;
+        next.q = {address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, next.head, q_begin), p.q.row_stride};
+        next.d_o = {address_of<const uint16, kBatchAxes>(p, p.d_o, seq.batch, next.head, q_begin), p.d_o.row_stride};
+        next.lse = address_of<const float, kBatchAxes>(p, p.lse, seq.batch, next.head, q_begin);
+        next.delta = address_of<const float, kBatchAxes>(p, p.delta, seq.batch, next.head, q_begin);
       }
-      const int32 row = next.block * kC.block_q, stage = next.stage;
-      load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ + stage * Storage::Q::kBytes, next.q, row, seq.q.used,
+      const int32 rows = seq.q.used - next.block * kC.block_q, stage = next.stage;
+      load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ + stage * Storage::Q::kBytes, next.q, 0, rows,
                                                            head_dim);
-      load_tile<typename Storage::O, kC.aligned, kC.exact, kThreads>(base + Storage::kDo + stage * Storage::O::kBytes, next.d_o, row,
-                                                           seq.q.used, head_dim_v);
+      load_tile<typename Storage::O, kC.aligned, kC.exact, kThreads>(base + Storage::kDo + stage * Storage::O::kBytes, next.d_o, 0, rows, head_dim_v);
       if (threadIdx.x < kC.block_q) {
-        const int32 at = row + threadIdx.x, bytes = at < seq.q.used ? 4 : 0;
+        const int32 bytes = threadIdx.x < rows ? 4 : 0;
         const uint32 target = base + Storage::kLse + 4 * (stage * kC.block_q + threadIdx.x);
-        ptx::cp_async_4(target, next.lse + at, bytes);
-        ptx::cp_async_4(target + Storage::kDelta - Storage::kLse, next.delta + at, bytes);
+        ptx::cp_async_4(target, next.lse + threadIdx.x, bytes);
+        ptx::cp_async_4(target + Storage::kDelta - Storage::kLse, next.delta + threadIdx.x, bytes);
       }
+      next.q.first += kC.block_q * next.q.stride;
+      next.d_o.first += kC.block_q * next.d_o.stride;
+      next.lse += kC.block_q;
+      next.delta += kC.block_q;
       if (++next.block == end) next.block = first, ++next.head;
       if (++next.stage == kC.num_stages) next.stage = 0;
     };
@@ -131,7 +135,7 @@ struct BwdBlock {
     dv_sum.clear();
 
     // kMasked: the mask cuts this block.
-    auto step = [&]<bool kMasked>(const ScoreInputs<kC>& in, int32 head, int32 q_row, int32 stage) {
+    auto step = [&]<bool kMasked>(const ScoreInputs<kC>& in, int32 head, int32 q_row, int32 stage, float* dq_sum) {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this step's queries are there for all, and all are done with the last one's
       if constexpr (kC.num_stages > 1) {
@@ -171,17 +175,21 @@ struct BwdBlock {
       Accumulator<kDqRows, kC.head_dim / kWarpsCols> dq;
       dq.clear();
       gemm<kDType, kC.block_kv>(dq, ds_cols, k_cols);
-      add_to_dq<kMasked>(p, seq, rule, head, dq, kv_row / kC.block_kv, q_row, warp_q * kDqRows, warp_col);
+      add_to_dq<kMasked>(p, seq, rule, head, dq, dq_sum, kv_row / kC.block_kv, q_row, warp_q * kDqRows, warp_col);
     };
     int32 stage = 0;
+    const int32 row_floats = int32(p.dq_accum.row_stride);
     for (int32 head = int32(kv_head) * group; head < end_head; ++head) {
       const ScoreInputs<kC> in(p, seq, head);
+      float* dq_sum = accum_block_of<kBatchAxes>(p, seq, head, first * kC.block_q + warp_q * kDqRows) +
+                      2 * warp_col * 128 + threadIdx.x % 32 * 4;
       for (int32 block = first; block < end; ++block) {
         if (!kDataMasks<kC> && full_begin <= block && block < full_end)
-          step.template operator()<false>(in, head, block * kC.block_q, stage);
+          step.template operator()<false>(in, head, block * kC.block_q, stage, dq_sum);
         else
-          step.template operator()<true>(in, head, block * kC.block_q, stage);
+          step.template operator()<true>(in, head, block * kC.block_q, stage, dq_sum);
         if (++stage == kC.num_stages) stage = 0;
+        dq_sum += kC.block_q / kAccumRows * row_floats;
       }
     }
 
@@ -255,7 +263,7 @@ struct BwdBlock {
   template <bool kMasked>
   static __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, const MaskRule& rule, int32 head,
                                         const Accumulator<kC.block_q / kWarpsQ, kC.head_dim / kWarpsCols>& dq,
-                                        int32 kv_block, int32 q_row, int32 warp_row, int32 warp_col) {
+                                        float* target, int32 kv_block, int32 q_row, int32 warp_row, int32 warp_col) {
     int32* ticket = nullptr;
     if constexpr (kC.deterministic) {
       ticket = address_of<int32, kBatchAxes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
@@ -267,7 +275,6 @@ struct BwdBlock {
       __syncthreads();
     }
     const int32 row_floats = int32(p.dq_accum.row_stride), first_tile = 2 * warp_col;
-    float* target = accum_block_of<kBatchAxes>(p, seq, head, q_row + warp_row) + first_tile * 128 + threadIdx.x % 32 * 4;
 #pragma unroll
     for (int32 m = 0; m < kC.block_q / kWarpsQ / 16; ++m)
 #pragma unroll

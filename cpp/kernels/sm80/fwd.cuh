@@ -150,6 +150,7 @@ struct FwdBlock {
     const StridedRows q_rows = {address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, head, seq.q.begin),
                                 p.q.row_stride};
     load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used, head_dim);
+    ptx::cp_async_commit();
     if (first < end) load_k(end - 1);
 
     const RowsOfA<typename Storage::Q> q{{base, Storage::kQ, warp_row}};
@@ -211,6 +212,10 @@ struct FwdBlock {
       lse[r] = empty ? -kInfinity : max + ptx::lg2_approx(sum);
       const int32 row = warp_row + 8 * r + lane / 4;
       if (lane % 4 == 0 && row < rows) lse_rows[row] = lse[r] * kLn2;
+      if (state.max[r] == -kInfinity) {  // 0, also where 0 times a NaN of V that other rows see has been added
+#pragma unroll
+        for (int32 n = 0; n < kC.head_dim_v / 8; ++n) o.x[r / 2][n][r % 2 * 2] = o.x[r / 2][n][r % 2 * 2 + 1] = 0.0f;
+      }
     }
     TileWriter<typename Storage::O>(base, Storage::kQ, warp_row)
         .template store<kDType>(o, [&](int32 m, int32 h) { return normalizer[2 * m + h]; });
@@ -220,6 +225,7 @@ struct FwdBlock {
     if constexpr (kC.return_softmax) {  // a testing aid: a second pass, as only now the sums are known
       __syncthreads();
       load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used, head_dim);
+      ptx::cp_async_commit();
       for (int32 n = first; n < end; ++n) {
         __syncthreads();
         load_k(n);

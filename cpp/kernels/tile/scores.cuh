@@ -11,10 +11,10 @@
 
 namespace flash {
 
-// Scores are kept as x with softmax weight 2^(x * score_factor - ...): raw products where nothing but the scale is
+// Scores are kept as x with softmax weight 2^(x * score_factor - ...): raw products where nothing but a positive scale is
 // applied, so that it costs no instruction of its own, else units of log2.
 template <KernelConfig kC>
-inline constexpr bool kScoresInLog2 = kC.softcap || kC.alibi || kC.bias;
+inline constexpr bool kScoresInLog2 = kC.softcap || kC.alibi || kC.bias || !kC.positive_scale;
 
 // Whether a row of a tile that the positional mask shows whole may still see no key.
 template <KernelConfig kC>
@@ -98,8 +98,8 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
   const int32 lane = threadIdx.x % 32;
   row += lane / 4;
   col += lane % 4 * 2;
-  // The last query and key: positions beyond them are read at these, then hidden.
-  const int32 last_i = in.rule.seqlen_q - 1, last_j = in.rule.seqlen_kv - (kPaired ? 2 : 1);
+  // The last query and key of the operands: positions beyond them are read at these, then hidden.
+  const int32 last_i = int32(p.seqlen_q) - 1, last_j = int32(p.seqlen_kv) - (kPaired ? 2 : 1);
 #pragma unroll
   for (int32 m = 0; m < kM / 16; ++m)
 #pragma unroll
@@ -107,13 +107,13 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
       const int32 r = row + 16 * m + 8 * h;
       Range seen = {};
       if constexpr (kMasked) seen = kTransposed ? visible_rows(in.rule, r) : visible_keys(in.rule, r);
-      const int32 safe_row = min_of(r, kTransposed ? max_of(in.rule.seqlen_kv - 1, 0) : last_i);
+      const int32 safe_row = min_of(r, kTransposed ? last_j : last_i);
       int32 row_segment = 0;
       if constexpr (kC.segments) row_segment = (kTransposed ? in.kv_segments : in.q_segments)[safe_row];
 #pragma unroll
       for (int32 n = 0; n < kN / 8; ++n) {
         const int32 c = col + 8 * n;
-        const int32 safe_col = kMasked ? max_of(min_of(c, kTransposed ? last_i : last_j), 0) : c;
+        const int32 safe_col = kMasked ? min_of(c, kTransposed ? last_i : last_j) : c;
         // Offset of the second element of a pair; 0 where it would lie beyond the end.
         const int32 step = !kMasked || kPaired || c < (kTransposed ? last_i : last_j);
         float bias[2] = {};
