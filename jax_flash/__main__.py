@@ -112,21 +112,21 @@ def precompile(directory: Path, archs: list[str], head_dims: list[int], dtypes: 
     with tempfile.TemporaryFile(dir=directory):  # a cache that cannot be written is an error here, and nowhere else
         pass
 
-    def compile_kernel(arch: str, direction: str, dtype: str, head_dim: int, num_batch_axes: int) -> None:
+    def compile_kernel(arch: str, direction: str, dtype: str, head_dim: int) -> None:
         facts = {
             "direction": DIRECTIONS[direction],
             "dtype": DTYPES[dtype],
             "head_dim": head_dim,
             "head_dim_v": head_dim,
-            "num_batch_axes": num_batch_axes,
+            "num_batch_axes": 1,  # those that lie one behind the other count as one
+            "positive_scale": 1,
             "aligned": int(head_dim % 8 == 0),
             **dict.fromkeys(features, 1),
         }
         _core.compile_kernel(_core.configure(facts, arch), arch)
-        print(f"{arch} {direction} {dtype} head_dim {head_dim} batch axes {num_batch_axes}")
+        print(f"{arch} {direction} {dtype} head_dim {head_dim}")
 
-    # Batch axes of size 1 are left out, those that lie one behind the other count as one.
-    kernels = itertools.product(archs, DIRECTIONS, dtypes, head_dims, (0, 1))
+    kernels = itertools.product(archs, DIRECTIONS, dtypes, head_dims)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in [pool.submit(compile_kernel, *kernel) for kernel in kernels]:
             done.result()

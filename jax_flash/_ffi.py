@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jax_flash import _cuda, _partitioning, compat
-from jax_flash._attrs import MAX_BATCH_AXES, OPERANDS, Attrs, backward_axes, ffi_attributes, forward_axes, operand_axes, scratch_axes
+from jax_flash._attrs import (
+    MAX_BATCH_AXES,
+    OPERANDS,
+    Attrs,
+    backward_axes,
+    ffi_attributes,
+    forward_axes,
+    operand_axes,
+    scratch_axes,
+)
 
 try:
     from jax_flash import _core

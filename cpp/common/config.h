@@ -24,6 +24,7 @@ struct KernelConfig {
   bool alibi;
   bool bias;
   DType bias_dtype;
+  bool bias_tiled;  // rows of the bias may be copied into shared memory like those of k
   bool mask;
   bool paired;  // bias and mask may be read two keys at a time
   bool segments;
@@ -57,6 +58,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("alibi", c.alibi);
   visit("bias", c.bias);
   visit("bias_dtype", c.bias_dtype);
+  visit("bias_tiled", c.bias_tiled);
   visit("mask", c.mask);
   visit("paired", c.paired);
   visit("segments", c.segments);
@@ -76,15 +78,18 @@ static constexpr int32 num_threads(const KernelConfig& c) {
   return 32 * c.num_warps;
 }
 
+// Scratch of SegmentFilter.
+inline constexpr int64 kSegmentBytes = 128;
+
 // Dynamic shared memory of the main kernel; the kernels hold their storage to it.
 static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 q = int64{2} * c.block_q * c.head_dim, k = int64{2} * c.block_kv * c.head_dim;
   const int64 v = int64{2} * c.block_kv * c.head_dim_v;
-  const int64 o = int64{2} * c.block_q * c.head_dim_v;
-  if (c.direction == Direction::kFwd) return max_of(q, o) + k + v;
-  const int64 scores = int64{2} * c.block_q * c.block_kv;
+  const int64 o = int64{2} * c.block_q * c.head_dim_v, scores = int64{2} * c.block_q * c.block_kv;
+  const int64 extra = (c.bias_tiled ? scores : 0) + (c.segments ? kSegmentBytes : 0);
+  if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + extra;
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
-  return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores;
+  return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores + extra;
 }
 
 }  // namespace flash

@@ -64,7 +64,8 @@ static constexpr BlockKind classify_block(const MaskRule& rule, int32 row_begin,
 static_assert(visible_keys(MaskRule{4, 6, -1, 0, 2}, 0).end == 3, "bottom-right causal: row 0 sees keys 0..2");
 static_assert(visible_keys(MaskRule{4, 6, -1, 0, 0}, 0).end == 1, "top-left causal: row 0 sees key 0");
 static_assert(visible_keys(MaskRule{6, 4, -1, 0, -2}, 1).end == 0, "more queries than keys: the first rows see none");
-static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 3).begin == 1 && visible_rows(MaskRule{4, 6, 2, 0, 2}, 3).end == 4);
+static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 3).begin == 1 &&
+              visible_rows(MaskRule{4, 6, 2, 0, 2}, 3).end == 4);
 static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).begin == visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).end);
 static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 64, 128, 0, 64) == BlockKind::kFull);
 static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 0, 64, 64, 128) == BlockKind::kNone);

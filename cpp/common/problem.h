@@ -43,11 +43,11 @@ struct Problem {
   int64 seqlen_kv;      // likewise; for paged problems the capacity of a page table row
   int64 num_heads;
   int64 num_heads_kv;
-  int64 head_dim;    // of q and k
-  int64 head_dim_v;  // of v and o
-  int64 max_seqlen_q;   // a bound on the rows of a sequence, for the size of grids; seqlen_q when dense
+  int64 head_dim;      // of q and k
+  int64 head_dim_v;    // of v and o
+  int64 max_seqlen_q;  // a bound on the rows of a sequence, for the size of grids; seqlen_q when dense
   int64 max_seqlen_kv;
-  int64 page_size;   // 0: not paged
+  int64 page_size;  // 0: not paged
   int64 num_pages;
 
   // Operands, by the field's names. Rows are queries or keys; `col` is the head dim, or the key for bias and mask.

@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/parallel.h"
 #include "common/problem.h"
+#include "cpu/parallel.h"
 
 namespace flash::cpu {
 

@@ -21,6 +21,10 @@ void collapse(P& p, std::initializer_list<View P::*> views) {
     p.batch_dims[kept - 1] *= size;
     for (View P::*view : views) (p.*view).batch_stride[kept - 1] = (p.*view).batch_stride[axis];
   }
+  if (kept == 0) {  // no axis, or one of size 1, must not be a kernel of its own
+    p.batch_dims[kept++] = 1;
+    for (View P::*view : views) (p.*view).batch_stride[0] = 0;
+  }
   p.num_batch_axes = kept;
 }
 
@@ -38,10 +42,32 @@ FwdProblem with_few_batch_axes(const FwdProblem& problem) {
 BwdProblem with_few_batch_axes(const BwdProblem& problem) {
   using P = BwdProblem;
   P p = problem;
-  collapse<P>(p, {&P::q, &P::k, &P::v, &P::bias, &P::mask, &P::alibi_slopes, &P::sinks, &P::q_lens, &P::kv_lens,
-                  &P::q_segment_ids, &P::kv_segment_ids, &P::cu_seqlens_q, &P::cu_seqlens_kv, &P::page_table,
-                  &P::dropout_stream, &P::o, &P::lse, &P::d_o, &P::d_lse, &P::dq, &P::dk, &P::dv, &P::delta, &P::dbias,
-                  &P::dq_accum, &P::tickets});
+  collapse<P>(p, {&P::q,
+                  &P::k,
+                  &P::v,
+                  &P::bias,
+                  &P::mask,
+                  &P::alibi_slopes,
+                  &P::sinks,
+                  &P::q_lens,
+                  &P::kv_lens,
+                  &P::q_segment_ids,
+                  &P::kv_segment_ids,
+                  &P::cu_seqlens_q,
+                  &P::cu_seqlens_kv,
+                  &P::page_table,
+                  &P::dropout_stream,
+                  &P::o,
+                  &P::lse,
+                  &P::d_o,
+                  &P::d_lse,
+                  &P::dq,
+                  &P::dk,
+                  &P::dv,
+                  &P::delta,
+                  &P::dbias,
+                  &P::dq_accum,
+                  &P::tickets});
   return p;
 }
 

@@ -1,4 +1,4 @@
-// Batch axes that lie one behind the other in all operands become one, so that kernels rarely see more than one.
+// Batch axes that lie one behind the other in all operands become one, so that kernels see one, seldom more.
 #pragma once
 
 #include "common/problem.h"

@@ -20,6 +20,7 @@ KernelConfig facts_of_both(const Problem& p, Direction direction) {
   c.alibi = p.alibi_slopes.data;
   c.bias = p.bias.data;
   c.bias_dtype = p.bias.dtype;
+  c.bias_tiled = c.bias && p.bias.dtype != DType::kF32 && p.bias.col_stride == 1 && p.seqlen_kv % 8 == 0;
   c.mask = p.mask.data;
   c.paired = (c.bias || c.mask) && paired(p.bias) && paired(p.mask);
   c.segments = p.q_segment_ids.data;
@@ -40,8 +41,8 @@ struct Tiling {
   int32 block_q, block_kv, num_warps, warps_d, num_stages, min_blocks;
 };
 
-// Operands that each score needs hold registers of their own: with several of them, or with rows that are copied element
-// by element, tiles must be smaller lest the main loop spills.
+// Operands that each score needs hold registers of their own: with several of them, or with rows that are copied
+// element by element, tiles must be smaller lest the main loop spills.
 bool is_crowded(const KernelConfig& c) {
   return !c.aligned || c.softcap + c.alibi + 2 * c.bias + c.mask + c.segments + c.dropout > 2;
 }

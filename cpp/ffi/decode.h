@@ -1,8 +1,8 @@
 // From XLA's operands, results and attributes to a FwdProblem or BwdProblem.
 #pragma once
 
-#include "ffi/attrs.h"
 #include "common/problem.h"
+#include "ffi/attrs.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace flash::ffi {

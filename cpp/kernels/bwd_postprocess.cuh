@@ -20,14 +20,16 @@ __forceinline__ void bwd_postprocess(const BwdProblem& p) {
     for (int32 item = threadIdx.x; item < kPostprocessRows / 2 * tiles; item += kThreads) {
       const int32 block_row = row + item / (8 * tiles) * kAccumRows, tile = item / 8 % tiles, r = item % 8;
       if (block_row >= s.q.size) break;
-      const float4* sums = reinterpret_cast<const float4*>(accum_block_of<kAxes>(p, s, head, block_row)) + tile * 32 + r * 4;
+      const float4* sums =
+          reinterpret_cast<const float4*>(accum_block_of<kAxes>(p, s, head, block_row)) + tile * 32 + r * 4;
       const float4 x[4] = {sums[0], sums[1], sums[2], sums[3]};
 #pragma unroll
       for (int32 h = 0; h < 2; ++h) {
         const int32 i = block_row + r + 8 * h;
         if (i >= s.q.size) continue;
         // Rows that see no key get 0, also where 0 times a NaN of K that other rows see has been added.
-        const bool seen = i < s.q.used && *address_of<const float, kAxes>(p, p.lse, s.batch, head, s.q.begin + i) != -kInfinity;
+        const bool seen =
+            i < s.q.used && *address_of<const float, kAxes>(p, p.lse, s.batch, head, s.q.begin + i) != -kInfinity;
         uint32 packed[4];
 #pragma unroll
         for (int32 c = 0; c < 4; ++c)
@@ -45,13 +47,12 @@ __forceinline__ void bwd_postprocess(const BwdProblem& p) {
       }
     }
   };
-  for_each_block<kAxes, Side::kQueries, kPostprocessRows, kThreads, false>(
-      p, on_block, [&](int64 batch, int64 row) {
-        for (int64 head = 0; head < p.num_heads; ++head) {
-          uint16* dq = address_of<uint16, kAxes>(p, p.dq, batch, head, row);
-          for (int64 c = 0; c < head_dim; ++c) dq[c] = 0;
-        }
-      });
+  for_each_block<kAxes, Side::kQueries, kPostprocessRows, kThreads, false>(p, on_block, [&](int64 batch, int64 row) {
+    for (int64 head = 0; head < p.num_heads; ++head) {
+      uint16* dq = address_of<uint16, kAxes>(p, p.dq, batch, head, row);
+      for (int64 c = 0; c < head_dim; ++c) dq[c] = 0;
+    }
+  });
 }
 
 }  // namespace flash

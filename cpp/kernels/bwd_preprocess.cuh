@@ -20,7 +20,8 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
   for (int32 pass = 0; pass < kPreprocessRows; pass += 16) {
     const int64 index = int64(blockIdx.x) * kPreprocessRows + pass + threadIdx.x / 8;
     const bool inside = index < total;
-    const int64 head = index % p.num_heads, row = index / p.num_heads % p.seqlen_q, batch = index / p.num_heads / p.seqlen_q;
+    const int64 head = index % p.num_heads, row = index / p.num_heads % p.seqlen_q,
+                batch = index / p.num_heads / p.seqlen_q;
     float sum = 0.0f;
     if (inside) {
       const uint16* o = address_of<const uint16, kAxes>(p, p.o, batch, head, row);
@@ -39,7 +40,8 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
           }
         }
       } else {
-        for (int32 c = part; c < p.head_dim_v; c += 8) sum += ptx::unpack<kC.dtype>(o[c]) * ptx::unpack<kC.dtype>(d_o[c]);
+        for (int32 c = part; c < p.head_dim_v; c += 8)
+          sum += ptx::unpack<kC.dtype>(o[c]) * ptx::unpack<kC.dtype>(d_o[c]);
       }
     }
     for (int32 lane = 1; lane < 8; lane *= 2) sum += __shfl_xor_sync(~0u, sum, lane);

@@ -13,6 +13,7 @@
 #include "kernels/ptx/atomic.cuh"
 #include "kernels/tile/copy.cuh"
 #include "kernels/tile/scores.cuh"
+#include "kernels/tile/segments.cuh"
 #include "kernels/tile/sequence.cuh"
 
 namespace flash::sm80 {
@@ -28,7 +29,9 @@ struct BwdStorage {
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
   static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + (kC.warps_d > 1 ? S::kBytes : 0);
   static constexpr int32 kLse = kP + S::kBytes, kDelta = kLse + kC.num_stages * 4 * kC.block_q;
-  static constexpr int32 kEnd = kDelta + kC.num_stages * 4 * kC.block_q;
+  static constexpr int32 kBias = kDelta + kC.num_stages * 4 * kC.block_q;
+  static constexpr int32 kSegments = kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0);
+  static constexpr int32 kEnd = kSegments + (kC.segments ? kSegmentBytes : 0);
   static_assert(kEnd == shared_bytes(kC));
 };
 
@@ -41,9 +44,8 @@ struct BwdBlock {
   static constexpr int32 kWarpsD = kC.warps_d, kWarpsKv = kC.num_warps / kWarpsD;
   static constexpr int32 kKeys = kC.block_kv / kWarpsKv, kQueries = kC.block_q / kWarpsD;
   // Warps of dQ: rows of queries, and shares of the head dim.
-  static constexpr int32 kWarpsQ = kC.head_dim % (kC.num_warps * 16 * 32 / kC.block_q) == 0 && kC.block_q > 32
-                                       ? kC.block_q / 32
-                                       : kC.block_q / 16;
+  static constexpr int32 kWarpsQ =
+      kC.head_dim % (kC.num_warps * 16 * 32 / kC.block_q) == 0 && kC.block_q > 32 ? kC.block_q / 32 : kC.block_q / 16;
   static constexpr int32 kWarpsCols = kC.num_warps / kWarpsQ;
   using Storage = BwdStorage<kC>;
   static_assert(kKeys == 16 || kKeys == 32);
@@ -52,7 +54,8 @@ struct BwdBlock {
   static __forceinline__ void run(const BwdProblem& p, char* shared, const Sequence& seq, int64 kv_head, int32 kv_row) {
     const int32 head_dim = int32(p.head_dim), head_dim_v = int32(p.head_dim_v);
     const int32 warp = threadIdx.x / 32;
-    const int32 warp_kv = warp / kWarpsD, warp_d = warp % kWarpsD, warp_q = warp / kWarpsCols, warp_col = warp % kWarpsCols;
+    const int32 warp_kv = warp / kWarpsD, warp_d = warp % kWarpsD, warp_q = warp / kWarpsCols,
+                warp_col = warp % kWarpsCols;
     const int32 key_row = warp_kv * kKeys, query_col = warp_d * kQueries;
     const int32 group = int32(p.num_heads / p.num_heads_kv);
     const int32 keys = min_of(kC.block_kv, seq.kv.used - kv_row);  // that take part
@@ -71,49 +74,73 @@ struct BwdBlock {
     const int32 first = any.begin / kC.block_q, end = any.begin < any.end ? (any.end - 1) / kC.block_q + 1 : first;
     const int32 full_begin = int32(ceil_div(all.begin, kC.block_q)), full_end = all.end / kC.block_q;
 
-    const uint32 base = ptx::shared_address(shared);
+    const int32 first_head = int32(kv_head) * group, end_head = first_head + group;
+    auto filter = [&] {
+      // Deterministic blocks take turns, so that none may stay away.
+      if constexpr (kC.segments && !kC.deterministic) {
+        const ScoreInputs<kC> in(p, seq, first_head);
+        return SegmentFilter<kThreads, kC.block_q>(reinterpret_cast<int32*>(shared + Storage::kSegments),
+                                                   in.kv_segments, kv_row, kv_row + keys, in.q_segments, seq.q.used);
+      } else {
+        return EveryBlock{};
+      }
+    }();
+    // The next block above `block` that may be seen; `end` if there is none.
+    auto above = [&](int32 block) {
+      do ++block;
+      while (block < end && !filter.may_see(block));
+      return block;
+    };
+    const int32 start = above(first - 1);
 
-    // Loads go one step ahead of the products: blocks [first, end) of each head of the group, one head after the other.
+    // Loads are one step ahead of products, and this is their head.
+    const uint32 base = ptx::shared_address(shared);
+    const int64 q_begin = seq.q.begin;
     struct {
-      int32 block, head, stage;
       StridedRows q, d_o;
       const float *lse, *delta;
-    } next = {first, int32(kv_head) * group, 0};
-    const int32 end_head = next.head + group;
-    auto load_next = [&] {
-      if (next.head == end_head || first == end) return;
-      if (next.block == first) {
-        const int64 q_begin = seq.q.begin + first * kC.block_q;
-        next.q = {address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, next.head, q_begin), p.q.row_stride};
-        next.d_o = {address_of<const uint16, kBatchAxes>(p, p.d_o, seq.batch, next.head, q_begin), p.d_o.row_stride};
-        next.lse = address_of<const float, kBatchAxes>(p, p.lse, seq.batch, next.head, q_begin);
-        next.delta = address_of<const float, kBatchAxes>(p, p.delta, seq.batch, next.head, q_begin);
-      }
-      const int32 rows = seq.q.used - next.block * kC.block_q, stage = next.stage;
-      load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ + stage * Storage::Q::kBytes, next.q, 0, rows,
-                                                           head_dim);
-      load_tile<typename Storage::O, kC.aligned, kC.exact, kThreads>(base + Storage::kDo + stage * Storage::O::kBytes, next.d_o, 0, rows, head_dim_v);
+      const uint16* bias;
+    } source = {{address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, first_head, q_begin), p.q.row_stride},
+                {address_of<const uint16, kBatchAxes>(p, p.d_o, seq.batch, first_head, q_begin), p.d_o.row_stride},
+                address_of<const float, kBatchAxes>(p, p.lse, seq.batch, first_head, q_begin),
+                address_of<const float, kBatchAxes>(p, p.delta, seq.batch, first_head, q_begin),
+                address_of<const uint16, kBatchAxes>(p, p.bias, seq.batch, first_head, 0)};
+    auto next_head = [&] {
+      source.q.first += p.q.head_stride;
+      source.d_o.first += p.d_o.head_stride;
+      source.lse += p.lse.head_stride;
+      source.delta += p.delta.head_stride;
+      source.bias += p.bias.head_stride;
+    };
+    auto load_queries = [&](int32 block, int32 stage) {
+      const int32 row = block * kC.block_q;
+      load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ + stage * Storage::Q::kBytes,
+                                                                     source.q, row, seq.q.used, head_dim);
+      load_tile<typename Storage::O, kC.aligned, kC.exact, kThreads>(base + Storage::kDo + stage * Storage::O::kBytes,
+                                                                     source.d_o, row, seq.q.used, head_dim_v);
       if (threadIdx.x < kC.block_q) {
-        const int32 bytes = threadIdx.x < rows ? 4 : 0;
+        const int32 i = row + int32(threadIdx.x), bytes = i < seq.q.used ? 4 : 0;
         const uint32 target = base + Storage::kLse + 4 * (stage * kC.block_q + threadIdx.x);
-        ptx::cp_async_4(target, next.lse + threadIdx.x, bytes);
-        ptx::cp_async_4(target + Storage::kDelta - Storage::kLse, next.delta + threadIdx.x, bytes);
+        ptx::cp_async_4(target, source.lse + i, bytes);
+        ptx::cp_async_4(target + Storage::kDelta - Storage::kLse, source.delta + i, bytes);
       }
-      next.q.first += kC.block_q * next.q.stride;
-      next.d_o.first += kC.block_q * next.d_o.stride;
-      next.lse += kC.block_q;
-      next.delta += kC.block_q;
-      if (++next.block == end) next.block = first, ++next.head;
-      if (++next.stage == kC.num_stages) next.stage = 0;
+    };
+    auto load_bias_tile = [&](int32 block) {
+      if constexpr (kC.bias_tiled) load_bias<kC>(p, source.bias, base + Storage::kBias, block * kC.block_q, kv_row);
     };
 
     const StridedRows k_source = {address_of<const uint16, kBatchAxes>(p, p.k, seq.batch, kv_head, seq.kv.begin),
                                   p.k.row_stride};
     const StridedRows v_source = {address_of<const uint16, kBatchAxes>(p, p.v, seq.batch, kv_head, seq.kv.begin),
                                   p.v.row_stride};
-    load_tile<typename Storage::K, kC.aligned, kC.exact, kThreads>(base + Storage::kK, k_source, kv_row, seq.kv.used, head_dim);
-    load_tile<typename Storage::V, kC.aligned, kC.exact, kThreads>(base + Storage::kV, v_source, kv_row, seq.kv.used, head_dim_v);
-    load_next();
+    load_tile<typename Storage::K, kC.aligned, kC.exact, kThreads>(base + Storage::kK, k_source, kv_row, seq.kv.used,
+                                                                   head_dim);
+    load_tile<typename Storage::V, kC.aligned, kC.exact, kThreads>(base + Storage::kV, v_source, kv_row, seq.kv.used,
+                                                                   head_dim_v);
+    if (start < end) {
+      load_queries(start, 0);
+      load_bias_tile(start);
+    }
     ptx::cp_async_commit();
 
     constexpr int32 kDqRows = kC.block_q / kWarpsQ;
@@ -126,76 +153,93 @@ struct BwdBlock {
     const RowsOfB<typename Storage::O> do_rows{{base, Storage::kDo, query_col}};
     const ColsOfB<typename Storage::Q, kWarpsD> q_cols{{base, Storage::kQ, 0, 16 * warp_d}};
     const ColsOfB<typename Storage::O, kWarpsD> do_cols{{base, Storage::kDo, 0, 16 * warp_d}};
-    const TileWriter<typename Storage::S> ds_writer(base, Storage::kDs, key_row, query_col), p_writer(base, Storage::kP, key_row, query_col);
+    const TileWriter<typename Storage::S> ds_writer(base, Storage::kDs, key_row, query_col);
+    const TileWriter<typename Storage::S> p_writer(base, Storage::kP, key_row, query_col);
+    const ColsOfA<BiasTile<kC>> bias{{base, Storage::kBias, query_col, key_row}};
     const float dropout_scale = 256.0f / float(p.options.keep_threshold);
 
     Accumulator<kKeys, kC.head_dim / kWarpsD> dk_sum;
     Accumulator<kKeys, kC.head_dim_v / kWarpsD> dv_sum;
     dk_sum.clear();
     dv_sum.clear();
+    Turn turn;
 
-    // kMasked: the mask cuts this block.
-    auto step = [&]<bool kMasked>(const ScoreInputs<kC>& in, int32 head, int32 q_row, int32 stage, float* dq_sum) {
+    // kMasked: the mask cuts this block. `next` is the block to be loaded, -1 for none.
+    auto step = [&]<bool kMasked>(const ScoreInputs<kC>& in, int32 head, int32 block, int32 stage, int32 next) {
+      const int32 q_row = block * kC.block_q;
       ptx::cp_async_wait<0>();
       __syncthreads();  // this step's queries are there for all, and all are done with the last one's
-      if constexpr (kC.num_stages > 1) {
-        load_next();
-        ptx::cp_async_commit();
-      }
+      if (kC.num_stages > 1 && next >= 0) load_queries(next, stage ^ 1);
       Accumulator<kKeys, kQueries> s, ds;
       s.clear();
       ds.clear();
       gemm<kDType, kC.head_dim>(s, k_rows, RowsOfB<typename Storage::Q>{q_rows.reader.stage(stage)});
       gemm<kDType, kC.head_dim_v>(ds, v_rows, RowsOfB<typename Storage::O>{do_rows.reader.stage(stage)});
-      softmax_gradient<kMasked>(p, in, shared, seq, head, s, ds, kv_row + key_row, q_row, query_col, stage);
+      softmax_gradient<kMasked>(p, in, bias, shared, seq, head, s, ds, kv_row + key_row, q_row, query_col, stage);
 
       auto one = [](int32, int32) { return 1.0f; };
       ds_writer.template store<kDType>(ds, one);
+      if constexpr (kC.deterministic) turn.wait(p, seq, rule, head, kv_row / kC.block_kv, q_row);
       const ColsOfB<typename Storage::O, kWarpsD> do_operand{do_cols.reader.stage(stage)};
       const ColsOfB<typename Storage::Q, kWarpsD> q_operand{q_cols.reader.stage(stage)};
+      // In the middle of the step: dS^T (and P^T) are there for all, and the bias has been read.
+      auto meet = [&] {
+        __syncthreads();
+        if constexpr (kC.deterministic) turn.pass_on();
+        if constexpr (kC.num_stages > 1) {
+          if (next >= 0) load_bias_tile(next);
+          ptx::cp_async_commit();
+        }
+      };
       if constexpr (kWarpsD == 1) {
         uint32 fragments[kKeys / 16][kQueries / 16][4];
         pack<kDType>(fragments, s);
         gemm<kDType, kC.block_q>(dv_sum, RegistersOfA<kKeys, kQueries>{fragments}, do_operand);
         pack<kDType>(fragments, ds);
-        __syncthreads();
+        meet();
         gemm<kDType, kC.block_q>(dk_sum, RegistersOfA<kKeys, kQueries>{fragments}, q_operand);
       } else {
         p_writer.template store<kDType>(s, one);
-        __syncthreads();
+        meet();
         gemm<kDType, kC.block_q>(dv_sum, p_rows, do_operand);
         gemm<kDType, kC.block_q>(dk_sum, ds_rows, q_operand);
       }
-
       if constexpr (kC.num_stages == 1) {
         __syncthreads();  // all are done with this step's queries
-        load_next();
+        if (next >= 0) {
+          load_queries(next, 0);
+          load_bias_tile(next);
+        }
         ptx::cp_async_commit();
       }
       Accumulator<kDqRows, kC.head_dim / kWarpsCols> dq;
       dq.clear();
       gemm<kDType, kC.block_kv>(dq, ds_cols, k_cols);
-      add_to_dq<kMasked>(p, seq, rule, head, dq, dq_sum, kv_row / kC.block_kv, q_row, warp_q * kDqRows, warp_col);
+      add_to_dq<kMasked>(p, seq, head, dq, q_row + warp_q * kDqRows, warp_col);
     };
     int32 stage = 0;
-    const int32 row_floats = int32(p.dq_accum.row_stride);
-    for (int32 head = int32(kv_head) * group; head < end_head; ++head) {
+    for (int32 head = first_head; head < end_head; ++head) {
       const ScoreInputs<kC> in(p, seq, head);
-      float* dq_sum = accum_block_of<kBatchAxes>(p, seq, head, first * kC.block_q + warp_q * kDqRows) +
-                      2 * warp_col * 128 + threadIdx.x % 32 * 4;
-      for (int32 block = first; block < end; ++block) {
-        if (!kDataMasks<kC> && full_begin <= block && block < full_end)
-          step.template operator()<false>(in, head, block * kC.block_q, stage, dq_sum);
+      for (int32 block = start; block < end;) {
+        const int32 following = above(block);
+        int32 next = following;
+        if (following >= end) {
+          next = head + 1 < end_head ? start : -1;
+          next_head();
+        }
+        if (full_begin <= block && block < full_end)
+          step.template operator()<false>(in, head, block, stage, next);
         else
-          step.template operator()<true>(in, head, block * kC.block_q, stage, dq_sum);
-        if (++stage == kC.num_stages) stage = 0;
-        dq_sum += kC.block_q / kAccumRows * row_floats;
+          step.template operator()<true>(in, head, block, stage, next);
+        if (kC.num_stages > 1) stage ^= 1;
+        block = following;
       }
     }
 
     // dk and dv leave through the memory of k and v.
     ptx::cp_async_wait<0>();
     __syncthreads();
+    if constexpr (kC.deterministic) turn.pass_on();
     TileWriter<typename Storage::K>(base, Storage::kK, key_row, 16 * warp_d)
         .template store<kDType, kWarpsD>(dk_sum, [&](int32, int32) { return p.options.scale; });
     TileWriter<typename Storage::V>(base, Storage::kV, key_row, 16 * warp_d)
@@ -208,7 +252,8 @@ struct BwdBlock {
   // From raw S^T and dP^T to P^T (dropped, not yet rescaled) and dS^T (of the raw scores, but without the scale). The
   // warp's part starts at key `key` and at query `query_col` of the block at q_row.
   template <bool kMasked>
-  static __forceinline__ void softmax_gradient(const BwdProblem& p, const ScoreInputs<kC>& in, const char* shared,
+  static __forceinline__ void softmax_gradient(const BwdProblem& p, const ScoreInputs<kC>& in,
+                                               const ColsOfA<BiasTile<kC>>& bias, const char* shared,
                                                const Sequence& seq, int32 head, Accumulator<kKeys, kQueries>& s,
                                                Accumulator<kKeys, kQueries>& ds, int32 key, int32 q_row,
                                                int32 query_col, int32 stage) {
@@ -221,7 +266,7 @@ struct BwdBlock {
           [&](int32 m, int32 n, int32 e, bool keep) { kept[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
     [[maybe_unused]] Accumulator<kC.softcap ? kKeys : 16, kC.softcap ? kQueries : 16> cap_slope;
     if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
-      apply_scores<kC, true, kMasked>(s, p, in, key, q_row + query_col, [&](int32 m, int32 n, int32 e, float y) {
+      apply_scores<kC, true, kMasked>(s, p, in, key, q_row + query_col, bias, [&](int32 m, int32 n, int32 e, float y) {
         if constexpr (kC.softcap) cap_slope.x[m][n][e] = 1.0f - y * y;
       });
 #pragma unroll
@@ -259,37 +304,51 @@ struct BwdBlock {
     }
   }
 
-  // Adds the block's share to dq_accum. If deterministic, the blocks of keys that a block of queries sees take turns.
-  template <bool kMasked>
-  static __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, const MaskRule& rule, int32 head,
-                                        const Accumulator<kC.block_q / kWarpsQ, kC.head_dim / kWarpsCols>& dq,
-                                        float* target, int32 kv_block, int32 q_row, int32 warp_row, int32 warp_col) {
-    int32* ticket = nullptr;
-    if constexpr (kC.deterministic) {
+  // If deterministic, the blocks of keys that a block of queries sees add to dq in turn. One thread keeps the turns;
+  // the others follow it through the barrier in the middle of a step. It passes a turn on at that barrier of the next
+  // step, when the additions have long arrived and cost no wait.
+  struct Turn {
+    int32* held = nullptr;
+
+    __forceinline__ void wait(const BwdProblem& p, const Sequence& seq, const MaskRule& rule, int32 head,
+                              int32 kv_block, int32 q_row) {
+      if (threadIdx.x != 0) return;
       ticket = address_of<int32, kBatchAxes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
       const int32 last_row = min_of(q_row + kC.block_q, rule.seqlen_q);
-      const int32 turn = kv_block - visible_keys(rule, q_row, last_row).begin / kC.block_kv;
-      if (threadIdx.x == 0)
-        while (ptx::ld_acquire(ticket) != turn) {
-        }
-      __syncthreads();
+      const int32 number = kv_block - visible_keys(rule, q_row, last_row).begin / kC.block_kv;
+      while (ptx::ld_acquire(ticket) != number) {
+      }
     }
+    // Behind a barrier, which all additions precede.
+    __forceinline__ void pass_on() {
+      if (threadIdx.x != 0) return;
+      if (held) {
+        __threadfence();
+        ptx::red_release_add(held, 1);
+      }
+      held = ticket;
+    }
+
+   private:
+    int32* ticket = nullptr;
+  };
+
+  // Adds the block's share to dq_accum, from query `q_row` of the sequence on.
+  template <bool kMasked>
+  static __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 head,
+                                        const Accumulator<kC.block_q / kWarpsQ, kC.head_dim / kWarpsCols>& dq,
+                                        int32 q_row, int32 warp_col) {
     const int32 row_floats = int32(p.dq_accum.row_stride), first_tile = 2 * warp_col;
+    float* target = accum_block_of<kBatchAxes>(p, seq, head, q_row) + first_tile * 128 + threadIdx.x % 32 * 4;
 #pragma unroll
     for (int32 m = 0; m < kC.block_q / kWarpsQ / 16; ++m)
 #pragma unroll
       for (int32 n = 0; n < kC.head_dim / kWarpsCols / 8; ++n) {
         const int32 tile = dealt_column<kWarpsCols>(n) / 8;
         const float(&x)[4] = dq.x[m][n];
-        if ((!kMasked || q_row + warp_row + 16 * m < rule.seqlen_q) &&
-            (kC.exact || (first_tile + tile) * 128 < row_floats))
+        if ((!kMasked || q_row + 16 * m < seq.q.used) && (kC.exact || (first_tile + tile) * 128 < row_floats))
           ptx::red_add_x4(target + m * row_floats + tile * 128, x[0], x[1], x[2], x[3]);
       }
-    if constexpr (kC.deterministic) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) ptx::red_release_add(ticket, 1);
-    }
   }
 
   // Adds dS^T to the bias gradient, whose shape may broadcast.

@@ -1,14 +1,16 @@
-// Attention forward with mma.sync and cp.async: every GPU from Ampere on. FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
+// Attention forward with mma.sync and cp.async: every GPU from Ampere on. FlashAttention-2 (Dao, 2023, arXiv
+// 2307.08691).
 //
-// A thread block has block_q queries of one head; each warp owns 16 or 32 of them, all their scores and their part of O.
-// Keys and values come in blocks of block_kv, from the last to the first. V's copy runs beside Q K^T, the next K's beside
-// softmax and P V.
+// A thread block has block_q queries of one head; each warp owns 16 or 32 of them, all their scores and their part of
+// O. Keys and values come in blocks of block_kv, from the last to the first. V's copy runs beside Q K^T, the next K's
+// beside softmax and P V.
 #pragma once
 
 #include "common/config.h"
 #include "common/problem.h"
 #include "kernels/tile/copy.cuh"
 #include "kernels/tile/scores.cuh"
+#include "kernels/tile/segments.cuh"
 #include "kernels/tile/sequence.cuh"
 
 namespace flash::sm80 {
@@ -20,7 +22,9 @@ struct FwdStorage {
   using V = Tile<kC.block_kv, kC.head_dim_v>;
   using O = Tile<kC.block_q, kC.head_dim_v>;
   // Offsets in bytes. O on its way out takes Q's place.
-  static constexpr int32 kQ = 0, kK = max_of(Q::kBytes, O::kBytes), kV = kK + K::kBytes, kEnd = kV + V::kBytes;
+  static constexpr int32 kQ = 0, kK = max_of(Q::kBytes, O::kBytes), kV = kK + K::kBytes, kBias = kV + V::kBytes;
+  static constexpr int32 kSegments = kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0);
+  static constexpr int32 kEnd = kSegments + (kC.segments ? kSegmentBytes : 0);
   static_assert(kEnd == shared_bytes(kC));
 };
 
@@ -51,7 +55,7 @@ template <bool kGuard, int32 kM, int32 kN, int32 kDimV>
 __forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o,
                                     float factor) {
   float max[kM / 8];
-  bool grows = false;
+  bool grows[kM / 8], any_grows = false;
 #pragma unroll
   for (int32 r = 0; r < kM / 8; ++r) {
     max[r] = s.x[r / 2][0][r % 2 * 2];
@@ -59,15 +63,16 @@ __forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>
     for (int32 n = 0; n < kN / 8; ++n)
       max[r] = fmaxf(max[r], fmaxf(s.x[r / 2][n][r % 2 * 2], s.x[r / 2][n][r % 2 * 2 + 1]));
     max[r] = quad_max(max[r]);
-    // Also true where nothing has been seen before, and (as a negation) for NaN.
-    grows = grows || !(max[r] * factor <= state.max[r] * factor + kMaxLag);
+    // Also true where a first key is seen, and (as a negation) for NaN.
+    grows[r] = !(max[r] * factor <= state.max[r] * factor + kMaxLag);
+    any_grows = any_grows || grows[r];
   }
-  if (__any_sync(~0u, grows)) {
+  if (__any_sync(~0u, any_grows)) {
 #pragma unroll
     for (int32 r = 0; r < kM / 8; ++r) {
-      const float new_max = fmaxf(state.max[r], max[r]);
-      // Where no key has been seen: 0 - -inf, and a sum and o of zero.
-      const float rescale = new_max == -kInfinity ? 1.0f : ptx::ex2_approx((state.max[r] - new_max) * factor);
+      // Each row decides for itself, lest its neighbours in the warp change how it is rounded.
+      const float new_max = grows[r] ? fmaxf(state.max[r], max[r]) : state.max[r];
+      const float rescale = grows[r] ? ptx::ex2_approx((state.max[r] - new_max) * factor) : 1.0f;
       state.max[r] = new_max;
       state.sum[r] *= rescale;
 #pragma unroll
@@ -131,7 +136,10 @@ struct FwdBlock {
       if constexpr (kC.paged)
         return PagedRows{address_of<const uint16, kBatchAxes>(p, view, seq.batch, kv_head, 0),
                          address_of<const int32, kBatchAxes>(p, p.page_table, seq.batch, 0, seq.index),
-                         int32(p.page_size), int32(p.num_pages), max_of(seq.kv.used - 1, 0), view.row_stride};
+                         int32(p.page_size),
+                         int32(p.num_pages),
+                         max_of(seq.kv.used - 1, 0),
+                         view.row_stride};
       else
         return StridedRows{address_of<const uint16, kBatchAxes>(p, view, seq.batch, kv_head, seq.kv.begin),
                            view.row_stride};
@@ -139,23 +147,44 @@ struct FwdBlock {
     const auto k_rows = rows_of(p.k);
     const auto v_rows = rows_of(p.v);
     auto load_k = [&](int32 n) {
-      load_tile<typename Storage::K, kC.aligned, kC.exact, kThreads>(base + Storage::kK, k_rows, n * kC.block_kv, seq.kv.used, head_dim);
+      load_tile<typename Storage::K, kC.aligned, kC.exact, kThreads>(base + Storage::kK, k_rows, n * kC.block_kv,
+                                                                     seq.kv.used, head_dim);
+      if constexpr (kC.bias_tiled)
+        load_bias<kC>(p, reinterpret_cast<const uint16*>(in.bias), base + Storage::kBias, q_row, n * kC.block_kv);
       ptx::cp_async_commit();
     };
     auto load_v = [&](int32 n) {
-      load_tile<typename Storage::V, kC.aligned, kC.exact, kThreads>(base + Storage::kV, v_rows, n * kC.block_kv, seq.kv.used, head_dim_v);
+      load_tile<typename Storage::V, kC.aligned, kC.exact, kThreads>(base + Storage::kV, v_rows, n * kC.block_kv,
+                                                                     seq.kv.used, head_dim_v);
       ptx::cp_async_commit();
     };
 
     const StridedRows q_rows = {address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, head, seq.q.begin),
                                 p.q.row_stride};
-    load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used, head_dim);
+    load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used,
+                                                                   head_dim);
     ptx::cp_async_commit();
-    if (first < end) load_k(end - 1);
+
+    auto filter = [&] {
+      if constexpr (kC.segments)
+        return SegmentFilter<kThreads, kC.block_kv>(reinterpret_cast<int32*>(shared + Storage::kSegments),
+                                                    in.q_segments, q_row, q_row + rows, in.kv_segments, seq.kv.used);
+      else
+        return EveryBlock{};
+    }();
+    // The next block below `n` that may be seen; below `first` if there is none.
+    auto below = [&](int32 n) {
+      do --n;
+      while (n >= first && !filter.may_see(n));
+      return n;
+    };
+    int32 n = below(end);
+    if (n >= first) load_k(n);
 
     const RowsOfA<typename Storage::Q> q{{base, Storage::kQ, warp_row}};
     const RowsOfB<typename Storage::K> k{{base, Storage::kK, 0}};
     const ColsOfB<typename Storage::V> v{{base, Storage::kV, 0}};
+    const RowsOfA<BiasTile<kC>> bias{{base, Storage::kBias, warp_row}};
     const float factor = score_factor(in);
     Accumulator<kRowsPerWarp, kC.head_dim_v> o;
     SoftmaxState<kRowsPerWarp / 8> state;
@@ -165,10 +194,10 @@ struct FwdBlock {
 
     auto scores = [&]<bool kMasked>(Accumulator<kRowsPerWarp, kC.block_kv>& s, int32 n) {
       if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
-        apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv,
+        apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, bias,
                                          [](int32, int32, int32, float) {});
     };
-    auto step = [&]<bool kMasked>(int32 n) {
+    auto step = [&]<bool kMasked>(int32 n, int32 next) {
       ptx::cp_async_wait<0>();  // K of this block
       __syncthreads();          // is there for all, and all are done with V of the last one
       load_v(n);
@@ -178,7 +207,7 @@ struct FwdBlock {
       scores.template operator()<kMasked>(s, n);
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (n > first) load_k(n - 1);
+      if (next >= first) load_k(next);
       online_softmax<kMasked || kDataMasks<kC>>(s, state, o, factor);
       if constexpr (kC.dropout)
         for_each_dropout_bit<false, kRowsPerWarp, kC.block_kv>(
@@ -188,43 +217,48 @@ struct FwdBlock {
       pack<kDType>(probs, s);
       gemm<kDType, kC.block_kv>(o, RegistersOfA<kRowsPerWarp, kC.block_kv>{probs}, v);
     };
-    for (int32 n = end - 1; n >= first; --n) {
-      if (kDataMasks<kC> || n < full_begin || n >= full_end)
-        step.template operator()<true>(n);
+    while (n >= first) {
+      const int32 next = below(n);
+      if (full_begin <= n && n < full_end)
+        step.template operator()<false>(n, next);
       else
-        step.template operator()<false>(n);
+        step.template operator()<true>(n, next);
+      n = next;
     }
 
     // Epilogue: o / sum, and lse = max + log(sum), both with the sink in the sum if there is one.
     ptx::cp_async_wait<0>();
     __syncthreads();  // all are done with Q's memory
-    const float sink = p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e
-                                    : -kInfinity;
+    const float sink =
+        p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e : -kInfinity;
     const float dropout_scale = 256.0f / float(p.options.keep_threshold);
     float normalizer[kRowsPerWarp / 8], lse[kRowsPerWarp / 8];
 #pragma unroll
     for (int32 r = 0; r < kRowsPerWarp / 8; ++r) {
-      const float scaled_max = state.max[r] * factor, max = fmaxf(scaled_max, sink);
-      const bool empty = max == -kInfinity;  // neither a key nor a sink
-      const float rescale = empty ? 0.0f : ptx::ex2_approx(scaled_max - max);
-      const float sum = quad_sum(state.sum[r]) * rescale + (empty ? 0.0f : ptx::ex2_approx(sink - max));
-      normalizer[r] = empty ? 0.0f : rescale * dropout_scale / sum;
-      lse[r] = empty ? -kInfinity : max + ptx::lg2_approx(sum);
+      const float own_sum = quad_sum(state.sum[r]), own_max = state.max[r] * factor, max = fmaxf(own_max, sink);
+      const bool no_key = own_sum == 0.0f;
+      const float rescale = no_key ? 0.0f : ptx::ex2_approx(own_max - max);
+      const float sum = own_sum * rescale + (sink == -kInfinity ? 0.0f : ptx::ex2_approx(sink - max));
+      normalizer[r] = no_key ? 0.0f : rescale * dropout_scale / sum;
+      lse[r] = no_key ? sink : max + ptx::lg2_approx(sum);
       const int32 row = warp_row + 8 * r + lane / 4;
       if (lane % 4 == 0 && row < rows) lse_rows[row] = lse[r] * kLn2;
-      if (state.max[r] == -kInfinity) {  // 0, also where 0 times a NaN of V that other rows see has been added
+      if (no_key) {  // 0, also where 0 times a NaN of V that other rows see has been added
 #pragma unroll
         for (int32 n = 0; n < kC.head_dim_v / 8; ++n) o.x[r / 2][n][r % 2 * 2] = o.x[r / 2][n][r % 2 * 2 + 1] = 0.0f;
       }
     }
-    TileWriter<typename Storage::O>(base, Storage::kQ, warp_row)
-        .template store<kDType>(o, [&](int32 m, int32 h) { return normalizer[2 * m + h]; });
+    TileWriter<typename Storage::O>(base, Storage::kQ, warp_row).template store<kDType>(o, [&](int32 m, int32 h) {
+      return normalizer[2 * m + h];
+    });
     __syncthreads();
-    store_tile<typename Storage::O, kC.aligned, kThreads>(shared + Storage::kQ, o_rows, p.o.row_stride, rows, head_dim_v);
+    store_tile<typename Storage::O, kC.aligned, kThreads>(shared + Storage::kQ, o_rows, p.o.row_stride, rows,
+                                                          head_dim_v);
 
     if constexpr (kC.return_softmax) {  // a testing aid: a second pass, as only now the sums are known
       __syncthreads();
-      load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used, head_dim);
+      load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used,
+                                                                     head_dim);
       ptx::cp_async_commit();
       for (int32 n = first; n < end; ++n) {
         __syncthreads();
@@ -235,8 +269,8 @@ struct FwdBlock {
         s.clear();
         gemm<kDType, kC.head_dim>(s, q, k);
         scores.template operator()<true>(s, n);
-        float* probs = address_of<float, kBatchAxes>(p, p.probs, seq.batch, head, 0) +
-                       seq.index * p.probs_sequence_stride;
+        float* probs =
+            address_of<float, kBatchAxes>(p, p.probs, seq.batch, head, 0) + seq.index * p.probs_sequence_stride;
         auto write = [&](int32 m, int32 t, int32 e, bool keep) {
           const int32 i = q_row + warp_row + 16 * m + e / 2 * 8 + lane / 4;
           const int32 j = n * kC.block_kv + 8 * t + lane % 4 * 2 + e % 2;
@@ -246,8 +280,8 @@ struct FwdBlock {
           probs[i * p.probs.row_stride + j] = keep ? probability : -probability;
         };
         if constexpr (kC.dropout) {
-          for_each_dropout_bit<false, kRowsPerWarp, kC.block_kv>(in.dropout, p.options.keep_threshold,
-                                                                 q_row + warp_row, n * kC.block_kv, write);
+          for_each_dropout_bit<false, kRowsPerWarp, kC.block_kv>(in.dropout, p.options.keep_threshold, q_row + warp_row,
+                                                                 n * kC.block_kv, write);
         } else {
 #pragma unroll
           for (int32 m = 0; m < kRowsPerWarp / 16; ++m)

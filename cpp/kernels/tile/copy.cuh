@@ -48,8 +48,8 @@ struct PagedRows {
 };
 
 // Starts the copy of rows [row, row + T::kRows) of `source` into a tile; rows from `row_end` on and columns from `cols`
-// on become zero (kExact: there are none). Aligned rows go by cp.async, to be committed and awaited by the caller; others
-// are copied at once.
+// on become zero (kExact: there are none). Aligned rows go by cp.async, to be committed and awaited by the caller;
+// others are copied at once.
 template <class T, bool kAligned, bool kExact, int32 kThreads, class Rows>
 __forceinline__ void load_tile(uint32 tile, const Rows& source, int32 row, int32 row_end, int32 cols) {
   constexpr int32 kRowsPerPass = kThreads / T::kChunks;
@@ -57,7 +57,7 @@ __forceinline__ void load_tile(uint32 tile, const Rows& source, int32 row, int32
   auto cursor = source.from(row + first);
   uint32 target = tile + first * T::kRowBytes + (chunk ^ T::swizzle(first)) * 16;
   static_assert(kRowsPerPass % 8 == 0, "the swizzle must repeat from pass to pass");
-#pragma unroll
+#pragma unroll(kAligned ? T::kRows : 1)
   for (int32 r = 0; r < T::kRows; r += kRowsPerPass) {
     if (T::kRows % kRowsPerPass == 0 || r + first < T::kRows) {
       const bool in_rows = row + r + first < row_end;

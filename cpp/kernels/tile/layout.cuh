@@ -30,13 +30,13 @@ struct Tile {
   }
 };
 
-// The order in which ldmatrix.x4 takes the four 8 x 8 matrices of a 16 x 16 block. Operands come out in the order in which
-// mma.sync wants them, so that no register has to be moved.
+// The order in which ldmatrix.x4 takes the four 8 x 8 matrices of a 16 x 16 block. Operands come out in the order in
+// which mma.sync wants them, so that no register has to be moved.
 enum class Order { kDown, kAcross };
 
-// A fragment-wise reader of a Tile: the 16 x 16 block at (row, col), multiples of 16. One address per thread is computed
-// once; a block's place is then a constant offset and, for its column in the panel, a XOR. The tile's own place in shared
-// memory, a constant too, is added last, so that readers of tiles of one shape share their registers.
+// A fragment-wise reader of a Tile: the 16 x 16 block at (row, col), multiples of 16. One address per thread is
+// computed once; a block's place is then a constant offset and, for its column in the panel, a XOR. The tile's own
+// place in shared memory, a constant too, is added last, so that readers of tiles of one shape share their registers.
 template <class T, Order kOrder>
 struct TileReader {
   uint32 address;
@@ -95,9 +95,9 @@ struct RowsOfB {
   __forceinline__ void load(uint32 (&b)[4], int32 k, int32 n) const { ptx::ldmatrix_x4(b, reader.at(n, k)); }
 };
 
-// B as it is stored, rows k (keys of V in P V). With kGroups > 1 group g of warps, whose reader starts at column 16 g, has
-// every kGroups-th block of 16 columns: this deal, unlike contiguous shares, keeps all addresses constant offsets in
-// panels of any width.
+// B as it is stored, rows k (keys of V in P V). With kGroups > 1 group g of warps, whose reader starts at column 16 g,
+// has every kGroups-th block of 16 columns: this deal, unlike contiguous shares, keeps all addresses constant offsets
+// in panels of any width.
 template <class T, int32 kGroups = 1>
 struct ColsOfB {
   TileReader<T, Order::kDown> reader;
@@ -146,7 +146,7 @@ __forceinline__ void gemm(Accumulator<kM, kN>& c, const A& a_operand, const B& b
   };
 #pragma unroll
   for (int32 step = 0; step < kAhead; ++step) fetch(step);
-  // Two loops, as compilers would not unroll one of kSteps.
+    // Two loops, as compilers would not unroll one of kSteps.
 #pragma unroll
   for (int32 k = 0; k < kK / 16; ++k)
 #pragma unroll
@@ -182,7 +182,8 @@ __forceinline__ void pack(uint32 (&a)[kM / 16][kN / 16][4], const Accumulator<kM
 template <class T>
 struct TileWriter {
   TileReader<T, Order::kDown> place;
-  __forceinline__ TileWriter(uint32 shared, int32 tile_offset, int32 row, int32 col = 0) : place(shared, tile_offset, 0) {
+  __forceinline__ TileWriter(uint32 shared, int32 tile_offset, int32 row, int32 col = 0)
+      : place(shared, tile_offset, 0) {
     const int32 lane = threadIdx.x % 32;
     place.address = shared + T::offset(row + lane / 4, col / 8) + lane % 4 * 4;
   }

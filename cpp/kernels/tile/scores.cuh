@@ -6,13 +6,14 @@
 #include "common/mask.h"
 #include "common/philox.h"
 #include "kernels/ptx/convert.cuh"
+#include "kernels/tile/copy.cuh"
 #include "kernels/tile/layout.cuh"
 #include "kernels/tile/sequence.cuh"
 
 namespace flash {
 
-// Scores are kept as x with softmax weight 2^(x * score_factor - ...): raw products where nothing but a positive scale is
-// applied, so that it costs no instruction of its own, else units of log2.
+// Scores are kept as x with softmax weight 2^(x * score_factor - ...): raw products where nothing but a positive scale
+// is applied, so that it costs no instruction of its own, else units of log2.
 template <KernelConfig kC>
 inline constexpr bool kScoresInLog2 = kC.softcap || kC.alibi || kC.bias || !kC.positive_scale;
 
@@ -24,8 +25,8 @@ inline constexpr bool kDataMasks = kC.mask || kC.segments || kC.bias;
 template <KernelConfig kC>
 struct ScoreInputs {
   MaskRule rule;
-  float factor;  // of raw products, in log2 units
-  float slope;   // ALiBi, in log2 units
+  float factor;            // of raw products, in log2 units
+  float slope;             // ALiBi, in log2 units
   float cap, inverse_cap;  // the cap in log2 units; scale / cap
   const char* bias;        // [row 0, key 0] of this sequence and head
   const uint8* mask;
@@ -65,17 +66,34 @@ __forceinline__ float score_factor(const ScoreInputs<kC>& in) {
   return kScoresInLog2<kC> ? 1.0f : in.factor;
 }
 
-// Reads (i, j) and (i, j + 1) of a bias or mask, in one access where the config says that this is possible.
+// The bias tile in shared memory: rows are queries, also of S transposed.
+template <KernelConfig kC>
+using BiasTile = Tile<kC.block_q, kC.block_kv>;
+
+// Starts the copy of the block of the bias at query `i` and key `j` from a head's `bias`. Only if kC.bias_tiled.
+template <KernelConfig kC>
+__forceinline__ void load_bias(const Problem& p, const uint16* bias, uint32 tile, int32 i, int32 j) {
+  load_tile<BiasTile<kC>, true, false, num_threads(kC)>(tile, StridedRows{bias + j, p.bias.row_stride}, i,
+                                                        int32(p.seqlen_q), int32(p.seqlen_kv) - j);
+}
+
+// Elements (i, j) and (i, j + 1) of a row of a bias or mask, or (i, j) and (i + 1, j) in a transposed tile.
+template <class T>
+struct Two {
+  T x[2];
+};
+
+// In one access where kPaired says that the two are neighbours on an even place.
 template <bool kPaired, class T>
-__forceinline__ void load_two(T (&x)[2], const T* data, int64 stride) {
+__forceinline__ Two<T> load_two(const T* data, int64 stride) {
   if constexpr (kPaired) {
     struct alignas(2 * sizeof(T)) Pair {
       T x[2];
     };
     const Pair pair = *reinterpret_cast<const Pair*>(data);
-    x[0] = pair.x[0], x[1] = pair.x[1];
+    return {pair.x[0], pair.x[1]};
   } else {
-    x[0] = data[0], x[1] = data[stride];
+    return {data[0], data[stride]};
   }
 }
 
@@ -88,84 +106,112 @@ __forceinline__ float decode_bias(uint16 x) {
   return ptx::unpack<kC.bias_dtype>(x);
 }
 
+template <DType kDType>
+struct StorageOf {
+  using Type = uint16;
+};
+template <>
+struct StorageOf<DType::kF32> {
+  using Type = float;
+};
+
 // Turns raw products into scores, -inf where hidden. The tile starts at (row, col) of the sequence: queries and keys,
 // or keys and queries if kTransposed. kMasked: the positional mask may hide some of it, or it may reach beyond the
-// sequence. `slope_of_cap(m, n, e, y)` is told the capped tanh.
-template <KernelConfig kC, bool kTransposed, bool kMasked, int32 kM, int32 kN, class OnCap>
+// sequence. `bias` reads the tile of the bias at this place, if kC.bias_tiled. on_cap(m, n, e, y) is told the tanh of
+// the soft cap.
+template <KernelConfig kC, bool kTransposed, bool kMasked, int32 kM, int32 kN, class BiasReader, class OnCap>
 __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, const ScoreInputs<kC>& in, int32 row,
-                                  int32 col, OnCap on_cap) {
-  constexpr bool kPaired = kC.paired && !kTransposed;
+                                  int32 col, const BiasReader& bias, OnCap on_cap) {
+  using Bias = typename StorageOf<kC.bias_dtype>::Type;
+  constexpr int32 kRows = kM / 8;
+  constexpr bool kBiasDirect = kC.bias && !kC.bias_tiled, kPaired = kC.paired && !kTransposed;
   const int32 lane = threadIdx.x % 32;
   row += lane / 4;
   col += lane % 4 * 2;
   // The last query and key of the operands: positions beyond them are read at these, then hidden.
-  const int32 last_i = int32(p.seqlen_q) - 1, last_j = int32(p.seqlen_kv) - (kPaired ? 2 : 1);
+  const int32 last_query = int32(p.seqlen_q) - 1, last_key = int32(p.seqlen_kv) - 1;
+  const int32 last_row = kTransposed ? last_key : last_query, last_col = kTransposed ? last_query : last_key;
+
+  // What is known of a row before its columns.
+  [[maybe_unused]] Range seen[kRows];
+  [[maybe_unused]] int32 row_segment[kRows];
+  [[maybe_unused]] const Bias* row_bias[kRows];
+  [[maybe_unused]] const uint8* row_mask[kRows];
 #pragma unroll
-  for (int32 m = 0; m < kM / 16; ++m)
+  for (int32 r = 0; r < kRows; ++r) {
+    const int32 i = row + 8 * r, safe = min_of(i, last_row);
+    if constexpr (kMasked) seen[r] = kTransposed ? visible_rows(in.rule, i) : visible_keys(in.rule, i);
+    if constexpr (kC.segments) row_segment[r] = (kTransposed ? in.kv_segments : in.q_segments)[safe];
+    if constexpr (kBiasDirect)
+      row_bias[r] =
+          reinterpret_cast<const Bias*>(in.bias) + safe * (kTransposed ? p.bias.col_stride : p.bias.row_stride);
+    if constexpr (kC.mask) row_mask[r] = in.mask + safe * (kTransposed ? p.mask.col_stride : p.mask.row_stride);
+  }
+
+  [[maybe_unused]] uint32 tiled[kM / 16][4];  // the bias of two n-tiles
 #pragma unroll
-    for (int32 h = 0; h < 2; ++h) {
-      const int32 r = row + 16 * m + 8 * h;
-      Range seen = {};
-      if constexpr (kMasked) seen = kTransposed ? visible_rows(in.rule, r) : visible_keys(in.rule, r);
-      const int32 safe_row = min_of(r, kTransposed ? last_j : last_i);
-      int32 row_segment = 0;
-      if constexpr (kC.segments) row_segment = (kTransposed ? in.kv_segments : in.q_segments)[safe_row];
+  for (int32 n = 0; n < kN / 8; ++n) {
+    const int32 c = col + 8 * n;
+    // Columns beyond the last one are read at it, a pair at the last pair.
+    const int32 safe = kMasked ? min_of(c, last_col - (kPaired ? 1 : 0)) : c;
+    const int32 step = kMasked && !kPaired && c >= last_col ? 0 : 1;
+    [[maybe_unused]] int32 col_segment[2];
+    if constexpr (kC.segments) {
+      const int32* segments = kTransposed ? in.q_segments : in.kv_segments;
+      col_segment[0] = segments[safe], col_segment[1] = segments[safe + step];
+    }
+    if constexpr (kC.bias_tiled) {
+      if (n % 2 == 0) {
 #pragma unroll
-      for (int32 n = 0; n < kN / 8; ++n) {
-        const int32 c = col + 8 * n;
-        const int32 safe_col = kMasked ? min_of(c, kTransposed ? last_i : last_j) : c;
-        // Offset of the second element of a pair; 0 where it would lie beyond the end.
-        const int32 step = !kMasked || kPaired || c < (kTransposed ? last_i : last_j);
-        float bias[2] = {};
-        uint8 shown[2] = {1, 1};
-        const int64 i = kTransposed ? safe_col : safe_row, j = kTransposed ? safe_row : safe_col;
-        if constexpr (kC.bias) {
-          using T = decltype([] {
-            if constexpr (kC.bias_dtype == DType::kF32)
-              return float{};
-            else
-              return uint16{};
-          }());
-          const int64 stride = (kTransposed ? p.bias.row_stride : p.bias.col_stride) * step;
-          T x[2];
-          load_two<kPaired>(
-              x, reinterpret_cast<const T*>(in.bias) + i * p.bias.row_stride + j * p.bias.col_stride, stride);
-          bias[0] = decode_bias<kC>(x[0]), bias[1] = decode_bias<kC>(x[1]);
-        }
-        if constexpr (kC.mask) {
-          const int64 stride = (kTransposed ? p.mask.row_stride : p.mask.col_stride) * step;
-          load_two<kPaired>(shown, in.mask + i * p.mask.row_stride + j * p.mask.col_stride, stride);
-        }
-#pragma unroll
-        for (int32 e = 0; e < 2; ++e) {
-          float x = s.x[m][n][2 * h + e];
-          if constexpr (kC.softcap) {
-            const float y = ptx::tanh_approx(x * in.inverse_cap);
-            on_cap(m, n, 2 * h + e, y);
-            x = y * in.cap;
-          } else if constexpr (kScoresInLog2<kC>) {
-            x *= in.factor;
-          }
-          if constexpr (kC.alibi) {
-            const int32 distance = (kTransposed ? c + e - r : r - c - e) + in.rule.offset;
-            x -= in.slope * fabsf(float(distance));
-          }
-          if constexpr (kC.bias) x += bias[e] * kLog2e;
-          bool visible = true;
-          if constexpr (kMasked) visible = seen.begin <= c + e && c + e < seen.end;
-          if constexpr (kC.mask) visible = visible && shown[e];
-          if constexpr (kC.segments)
-            visible = visible &&
-                      row_segment == (kTransposed ? in.q_segments : in.kv_segments)[safe_col + e * (step ? 1 : 0)];
-          s.x[m][n][2 * h + e] = visible ? x : -kInfinity;
-        }
+        for (int32 m = 0; m < kM / 16; ++m) bias.load(tiled[m], 16 * m, 8 * n);
       }
     }
+#pragma unroll
+    for (int32 r = 0; r < kRows; ++r) {
+      [[maybe_unused]] Two<float> added;
+      [[maybe_unused]] Two<uint8> shown;
+      if constexpr (kBiasDirect) {
+        const int64 stride = kTransposed ? p.bias.row_stride : p.bias.col_stride;
+        const Two<Bias> x = load_two<kPaired>(row_bias[r] + safe * stride, step * stride);
+        added = {decode_bias<kC>(x.x[0]), decode_bias<kC>(x.x[1])};
+      }
+      if constexpr (kC.bias_tiled) {
+        const uint32 x = tiled[r / 2][n % 2 * 2 + r % 2];
+        added = {ptx::unpack<kC.bias_dtype>(uint16(x)), ptx::unpack<kC.bias_dtype>(uint16(x >> 16))};
+      }
+      if constexpr (kC.mask) {
+        const int64 stride = kTransposed ? p.mask.row_stride : p.mask.col_stride;
+        shown = load_two<kPaired>(row_mask[r] + safe * stride, step * stride);
+      }
+#pragma unroll
+      for (int32 e = 0; e < 2; ++e) {
+        float& score = s.x[r / 2][n][r % 2 * 2 + e];
+        float x = score;
+        if constexpr (kC.softcap) {
+          const float y = ptx::tanh_approx(x * in.inverse_cap);
+          on_cap(r / 2, n, r % 2 * 2 + e, y);
+          x = y * in.cap;
+        } else if constexpr (kScoresInLog2<kC>) {
+          x *= in.factor;
+        }
+        if constexpr (kC.alibi) {
+          const int32 i = row + 8 * r, j = c + e;
+          x -= in.slope * fabsf(float((kTransposed ? j - i : i - j) + in.rule.offset));
+        }
+        if constexpr (kC.bias) x += added.x[e] * kLog2e;
+        bool visible = true;
+        if constexpr (kMasked) visible = seen[r].begin <= c + e && c + e < seen[r].end;
+        if constexpr (kC.mask) visible = visible && shown.x[e];
+        if constexpr (kC.segments) visible = visible && row_segment[r] == col_segment[e];
+        score = visible ? x : -kInfinity;
+      }
+    }
+  }
 }
 
-// Calls visit(m, n, e, kept) for each element of the thread's part of a tile that starts at (row, col), multiples of 16.
-// One call of Philox serves the rows and columns that a thread owns of 32 x 32 elements, with the same column residue;
-// where a tile has only 16 rows or columns, half of what it yields.
+// Calls visit(m, n, e, kept) for each element of the thread's part of a tile that starts at (row, col), multiples
+// of 16. One call of Philox serves the rows and columns that a thread owns of 32 x 32 elements, with the same column
+// residue; where a tile has only 16 rows or columns, half of what it yields.
 template <bool kTransposed, int32 kM, int32 kN, class Visit>
 __forceinline__ void for_each_dropout_bit(const DropoutStream& stream, int32 keep_threshold, int32 row, int32 col,
                                           Visit visit) {
@@ -178,7 +224,8 @@ __forceinline__ void for_each_dropout_bit(const DropoutStream& stream, int32 kee
   for (int32 n = 0; n < kN / 8; n += kTiles)
 #pragma unroll
     for (int32 e = 0; e < 2; ++e) {
-      const uint32 row_tile = row / 32, col_tile = col / 32 + n / 4, row_residue = lane / 4, col_residue = lane % 4 * 2 + e;
+      const uint32 row_tile = row / 32, col_tile = col / 32 + n / 4, row_residue = lane / 4,
+                   col_residue = lane % 4 * 2 + e;
       const RandomBytes bytes = kTransposed ? dropout_bytes(stream, col_tile, col_residue, row_tile, row_residue)
                                             : dropout_bytes(stream, row_tile, row_residue, col_tile, col_residue);
 #pragma unroll
@@ -187,7 +234,8 @@ __forceinline__ void for_each_dropout_bit(const DropoutStream& stream, int32 kee
         for (int32 c = 0; c < kTiles; ++c) {
           // Words go by queries, bytes by keys.
           const int32 query = kTransposed ? c : r, key = kTransposed ? r : c;
-          const bool second_query = kTransposed ? right_half : lower_half, second_key = kTransposed ? lower_half : right_half;
+          const bool second_query = kTransposed ? right_half : lower_half,
+                     second_key = kTransposed ? lower_half : right_half;
           const uint32 word = query < 2 && second_query ? bytes.word[query + 2] : bytes.word[query];
           visit(r / 2, n + c, r % 2 * 2 + e, dropout_keeps(word, key + (second_key ? 2 : 0), keep_threshold));
         }

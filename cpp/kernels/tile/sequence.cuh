@@ -66,8 +66,8 @@ __forceinline__ MaskRule mask_rule_of(const Problem& p, const Sequence& s) {
   return make_mask_rule(s.q.used, s.kv.used, p.options.window_left, p.options.window_right, p.options.bottom_right);
 }
 
-// dq_accum holds sums as the fragments of accumulators: blocks of 16 queries, in them n-tiles of 8 columns, in these four
-// floats of each lane. Every sequence starts a block of its own, at most one more than its rows fill.
+// dq_accum holds sums as the fragments of accumulators: blocks of 16 queries, in them n-tiles of 8 columns, in these
+// four floats of each lane. Every sequence starts a block of its own, at most one more than its rows fill.
 inline constexpr int32 kAccumRows = 16;
 
 template <int32 kBatchAxes>
@@ -113,7 +113,8 @@ __forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray 
     const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
     const uint32 row_blocks = uint32(ceil_div(rows, kThreads)), batch = (blockIdx.x - units) / row_blocks;
     const int64 row = int64((blockIdx.x - units) % row_blocks) * kThreads + threadIdx.x;
-    if (row < rows && outside_all_sequences<kBatchAxes>(p, kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv, batch, int32(row)))
+    if (row < rows &&
+        outside_all_sequences<kBatchAxes>(p, kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv, batch, int32(row)))
       on_stray(int64(batch), row);
   }
 }

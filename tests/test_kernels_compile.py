@@ -1,0 +1,228 @@
+"""The kernels of every row of the heuristics table, compiled for every architecture: without a GPU, by the NVRTC of PyPI.
+
+Fails on errors, on warnings, on shared memory that the architecture does not have, and on spilled registers beyond LIMITS.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+from typing import NamedTuple
+
+import pytest
+
+from jax_flash import _core
+
+
+def why_no_nvrtc() -> str | None:
+    try:
+        _core.nvrtc_version()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+pytestmark = pytest.mark.skipif(why_no_nvrtc() is not None, reason=f"needs nvidia-cuda-nvrtc: {why_no_nvrtc()}")
+
+FORWARD, BACKWARD = 0, 1
+F32, BF16, F16 = 0, 1, 2
+NAMES = {FORWARD: "forward", BACKWARD: "backward", BF16: "bfloat16", F16: "float16"}
+
+# Bytes of shared memory that a thread block may ask for: the CUDA C++ Programming Guide's table of technical
+# specifications per compute capability.
+SHARED_LIMITS = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_120a": 99 * 1024,
+}
+
+# Head dims of query and key, and of value: every tile, unequal ones, and one whose rows do not start on 16 bytes.
+CLASSES = (32, 64, 96, 128, 192, 256)
+HEAD_DIMS = [*((dim, dim) for dim in CLASSES), (192, 128), (111, 111)]
+
+FEATURES: dict[str, dict[str, int]] = {
+    "softcap": {"softcap": 1},
+    "alibi": {"alibi": 1},
+    "bias": {"bias": 1, "bias_dtype": BF16, "paired": 1, "bias_tiled": 1},
+    "bias float32": {"bias": 1, "bias_dtype": F32, "paired": 1},
+    "bias of queries": {"bias": 1, "bias_dtype": F16},  # one for all keys
+    "mask": {"mask": 1, "paired": 1},
+    "segments": {"segments": 1},
+    "dropout": {"dropout": 1},
+    "scale below 0, two batch axes": {"positive_scale": 0, "num_batch_axes": 2},
+    "unaligned": {"aligned": 0},
+    "paged": {"paged": 1},
+    "return_softmax": {"return_softmax": 1, "dropout": 1},
+    "deterministic": {"deterministic": 1},
+    "all": {"softcap": 1, "alibi": 1, "bias": 1, "mask": 1, "segments": 1, "dropout": 1, "num_batch_axes": 2},
+}
+ONLY = {"paged": FORWARD, "return_softmax": FORWARD, "deterministic": BACKWARD}
+
+
+class Case(NamedTuple):
+    arch: str
+    direction: int
+    head_dim: int
+    head_dim_v: int
+    feature: str | None = None
+    dtype: int = BF16
+
+    def __str__(self) -> str:
+        dims = f"{self.head_dim}x{self.head_dim_v}"
+        return f"{self.arch} {NAMES[self.direction]} {NAMES[self.dtype]} {dims} {self.feature or 'plain'}"
+
+    def config(self) -> dict[str, int]:
+        facts = {
+            "direction": self.direction,
+            "dtype": self.dtype,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+            "num_batch_axes": 1,
+            "positive_scale": 1,
+            "aligned": int(self.head_dim % 8 == 0 and self.head_dim_v % 8 == 0),
+        }
+        return _core.configure(facts | FEATURES.get(self.feature or "", {}), self.arch)
+
+
+def features(direction: int) -> list[str]:
+    return [name for name in FEATURES if ONLY.get(name, direction) == direction]
+
+
+DIRECTIONS = (FORWARD, BACKWARD)
+CASES = [Case(arch, d, *dims) for arch in SHARED_LIMITS for dims in HEAD_DIMS for d in DIRECTIONS]
+CASES += [Case(arch, d, dim, dim, dtype=F16) for arch, dim in (("sm_80", 64), ("sm_90a", 128)) for d in DIRECTIONS]
+# The two ends of shared memory, of which the tiles depend.
+CASES += [
+    Case(arch, d, dim, dim, feature)
+    for arch in ("sm_90a", "sm_86")
+    for dim in (64, 128, 256)
+    for d in DIRECTIONS
+    for feature in features(d)
+]
+
+
+class Limit(NamedTuple):
+    spilled: int  # bytes of loads or of stores in the whole kernel
+    in_step: float  # instructions of the main loop that load or store what was spilled, as a share
+
+
+# A thread has 255 registers. What does not fit is to be scalars, kept outside of the main loops (pointers, strides, lengths
+# for the epilogue), and a few that the loop's rare branches take. Measured with NVRTC 13.5, with some slack, as compilers
+# differ; the first row that matches counts.
+LIMITS: list[tuple[dict[str, object], Limit]] = [
+    # Rows are copied element by element, through registers that O fills.
+    ({"direction": FORWARD, "head_dim": 256, "feature": "unaligned"}, Limit(1500, 0.09)),
+    # Several operands enter each score.
+    ({"feature": "all"}, Limit(500, 0.04)),
+    ({}, Limit(320, 0.02)),
+]
+
+
+def limit_of(case: Case) -> Limit:
+    return next(limit for row, limit in LIMITS if all(getattr(case, name) == x for name, x in row.items()))
+
+
+def product_instructions(c: dict[str, int]) -> int:
+    """Of a warp's step of the main loop: block_q queries by block_kv keys, in pieces of 16 x 8 x 16."""
+    dims = c["head_dim"] + c["head_dim_v"] if c["direction"] == FORWARD else 3 * c["head_dim"] + 2 * c["head_dim_v"]
+    return c["block_q"] * c["block_kv"] * dims // (16 * 8 * 16 * c["num_warps"])
+
+
+def section_of(elf: bytes, name: bytes) -> bytes:
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<HHH", elf, 58)
+    # Of each: name (in the section of names), type, flags, address, offset, size.
+    sections = [struct.unpack_from("<IIQQQQ", elf, table + size * i) for i in range(count)]
+    for section in sections:
+        start = sections[names][4] + section[0]
+        if elf[start : elf.index(b"\0", start)] == name:
+            return elf[section[4] : section[4] + section[5]]
+    raise AssertionError(f"no section {name!r}")
+
+
+# An instruction takes 16 bytes and has its operation in the lowest 12 bits, from sm_80 to sm_120 (nvdisasm prints both).
+HMMA, STORE_LOCAL, LOAD_LOCAL = 0x23C, 0x387, 0x983
+
+
+def share_of_local_memory(cubin: bytes, c: dict[str, int]) -> float:
+    """Of the main loop's steps, between their first and last product, in the one with the least.
+
+    There are two steps in the code, or one: with the positional mask, and without it, which is the one that counts.
+    """
+    entry = (b"jax_flash_fwd", b"jax_flash_bwd")[c["direction"]]
+    code = section_of(cubin, b".text." + entry)
+    operations = [word & 0xFFF for word, _ in struct.iter_unpack("<QQ", code)]
+    products = [i for i, operation in enumerate(operations) if operation == HMMA]
+    size = product_instructions(c)
+    assert len(products) in (size, 2 * size), "a loop that should be unrolled is not, or is not one any more"
+    shares = []
+    for first in range(0, len(products), size):
+        step = operations[products[first] : products[first + size - 1] + 1]
+        shares.append((step.count(STORE_LOCAL) + step.count(LOAD_LOCAL)) / len(step))
+    return min(shares)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(case):
+    config = case.config()
+    bound = f"static_assert(flash::shared_bytes(kConfig) <= {SHARED_LIMITS[case.arch]});\n"
+    source = _core.kernel_source(config) + bound
+    cubin, log = _core.nvrtc_compile(source, case.arch, ["--ptxas-options=-v", "--no-cache"])
+    assert cubin, log
+    assert not re.search(r"\bwarning\b", log, re.IGNORECASE), log
+    if not _core.nvrtc_version().startswith("13."):
+        return  # LIMITS are of this compiler
+    spills = [int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+    assert len(spills) == (2 if case.direction == FORWARD else 6), log
+    limit = limit_of(case)
+    assert max(spills) <= limit.spilled
+    if case.feature != "return_softmax":  # a testing aid, which takes the scores a second time
+        assert share_of_local_memory(cubin, config) <= limit.in_step
+
+
+TILING = ("block_q", "block_kv", "num_warps", "warps_d", "num_stages", "min_blocks", "head_dim", "head_dim_v")
+
+
+def test_every_head_dim_has_a_tiling_of_those_compiled():
+    """Of calls without features, and with one head dim for all."""
+    plain = [case for case in CASES if case.feature is None and case.head_dim == case.head_dim_v]
+    for arch, direction in itertools.product(SHARED_LIMITS, DIRECTIONS):
+        known = [case.config() for case in plain if (case.arch, case.direction) == (arch, direction)]
+        compiled = {tuple(c[name] for name in TILING) for c in known}
+        for dim in range(1, 257):
+            c = Case(arch, direction, dim, dim, None if dim % 8 == 0 else "unaligned").config()
+            if c["aligned"]:
+                assert tuple(c[name] for name in TILING) in compiled
+            assert c["head_dim"] in CLASSES and c["head_dim"] >= dim
+            assert c["exact"] == (c["head_dim"] == dim)
+
+
+def test_shared_memory_suffices_for_all_head_dims_and_features():
+    """Also for pairs of head dims that no test compiles; the kernels themselves hold their storage to shared_bytes."""
+    asserts = set()
+    for arch, direction, dim, dim_v in itertools.product(SHARED_LIMITS, DIRECTIONS, CLASSES, CLASSES):
+        for feature in (None, *features(direction)):
+            source = _core.kernel_source(Case(arch, direction, dim, dim_v, feature).config())
+            fields = re.search(r"kConfig(\{.*?\});", source, re.DOTALL)[1]
+            fields = re.sub(r"\s*\.(num_batch_axes|positive_scale|exact|softcap|alibi|dropout) = \w+,", "", fields)
+            asserts.add((SHARED_LIMITS[arch], fields))
+    lines = [f"static_assert(flash::shared_bytes(flash::KernelConfig{c}) <= {limit});" for limit, c in asserts]
+    cubin, log = _core.nvrtc_compile("\n".join(['#include "common/config.h"', *sorted(lines)]), "sm_80")
+    assert cubin, log[:2000]
+
+
+@pytest.mark.parametrize(
+    "facts, arch, sentence",
+    [
+        ({"dtype": BF16}, "sm_75", "compute capability 7.5 are not supported: the oldest is 8.0"),
+        ({"dtype": BF16}, "hopper", "is no GPU architecture: give its compute capability, as in sm_80"),
+        ({"dtype": F32}, "sm_90", "float32 attention is not supported on GPUs: cast query, key and value to"),
+    ],
+)
+def test_what_has_no_kernel(facts, arch, sentence):
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        _core.configure({"head_dim": 64, "head_dim_v": 64} | facts, arch)
