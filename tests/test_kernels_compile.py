@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(why_no_nvrtc() is not None, reason=f"needs nvidi
 
 FORWARD, BACKWARD = 0, 1
 F32, BF16, F16 = 0, 1, 2
-NAMES = {FORWARD: "forward", BACKWARD: "backward", BF16: "bfloat16", F16: "float16"}
+DIRECTIONS = {FORWARD: "forward", BACKWARD: "backward"}
+DTYPES = {BF16: "bfloat16", F16: "float16"}
 
 # Bytes of shared memory that a thread block may ask for: the CUDA C++ Programming Guide's table of technical
 # specifications per compute capability.
@@ -73,7 +74,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}x{self.head_dim_v}"
-        return f"{self.arch} {NAMES[self.direction]} {NAMES[self.dtype]} {dims} {self.feature or 'plain'}"
+        return f"{self.arch} {DIRECTIONS[self.direction]} {DTYPES[self.dtype]} {dims} {self.feature or 'plain'}"
 
     def config(self) -> dict[str, int]:
         facts = {
@@ -92,7 +93,6 @@ def features(direction: int) -> list[str]:
     return [name for name in FEATURES if ONLY.get(name, direction) == direction]
 
 
-DIRECTIONS = (FORWARD, BACKWARD)
 CASES = [Case(arch, d, *dims) for arch in SHARED_LIMITS for dims in HEAD_DIMS for d in DIRECTIONS]
 CASES += [Case(arch, d, dim, dim, dtype=F16) for arch, dim in (("sm_80", 64), ("sm_90a", 128)) for d in DIRECTIONS]
 # The two ends of shared memory, of which the tiles depend.

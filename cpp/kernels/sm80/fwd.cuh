@@ -12,6 +12,7 @@
 #include "kernels/tile/scores.cuh"
 #include "kernels/tile/segments.cuh"
 #include "kernels/tile/sequence.cuh"
+#include "kernels/tile/softmax.cuh"
 
 namespace flash::sm80 {
 
@@ -27,75 +28,6 @@ struct FwdStorage {
   static constexpr int32 kEnd = kSegments + (kC.segments ? kSegmentBytes : 0);
   static_assert(kEnd == shared_bytes(kC));
 };
-
-// Running softmax statistics of a thread's rows.
-template <int32 kRows>
-struct SoftmaxState {
-  float max[kRows];  // of the stored scores
-  float sum[kRows];  // of this thread's columns only, until the end
-};
-
-__forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// The maximum that scores are taken relative to may lag behind the true one by this much, in log2 units: weights stay
-// below 2^8, which costs no precision, and o need hardly ever be rescaled.
-inline constexpr float kMaxLag = 8.0f;
-
-// s becomes 2^(s - max); the statistics and o follow the maximum when it has grown by kMaxLag in a row of the warp.
-// kGuard: a row may have seen no key so far.
-template <bool kGuard, int32 kM, int32 kN, int32 kDimV>
-__forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o,
-                                    float factor) {
-  float max[kM / 8];
-  bool grows[kM / 8], any_grows = false;
-#pragma unroll
-  for (int32 r = 0; r < kM / 8; ++r) {
-    max[r] = s.x[r / 2][0][r % 2 * 2];
-#pragma unroll
-    for (int32 n = 0; n < kN / 8; ++n)
-      max[r] = fmaxf(max[r], fmaxf(s.x[r / 2][n][r % 2 * 2], s.x[r / 2][n][r % 2 * 2 + 1]));
-    max[r] = quad_max(max[r]);
-    // Also true where a first key is seen, and (as a negation) for NaN.
-    grows[r] = !(max[r] * factor <= state.max[r] * factor + kMaxLag);
-    any_grows = any_grows || grows[r];
-  }
-  if (__any_sync(~0u, any_grows)) {
-#pragma unroll
-    for (int32 r = 0; r < kM / 8; ++r) {
-      // Each row decides for itself, lest its neighbours in the warp change how it is rounded.
-      const float new_max = grows[r] ? fmaxf(state.max[r], max[r]) : state.max[r];
-      const float rescale = grows[r] ? ptx::ex2_approx((state.max[r] - new_max) * factor) : 1.0f;
-      state.max[r] = new_max;
-      state.sum[r] *= rescale;
-#pragma unroll
-      for (int32 n = 0; n < kDimV / 8; ++n)
-#pragma unroll
-        for (int32 e = 0; e < 2; ++e) o.x[r / 2][n][r % 2 * 2 + e] *= rescale;
-    }
-  }
-#pragma unroll
-  for (int32 r = 0; r < kM / 8; ++r) {
-    const float base = (kGuard && state.max[r] == -kInfinity ? 0.0f : state.max[r]) * factor;
-    float sum = 0.0f;
-#pragma unroll
-    for (int32 n = 0; n < kN / 8; ++n)
-#pragma unroll
-      for (int32 e = 0; e < 2; ++e) {
-        float& x = s.x[r / 2][n][r % 2 * 2 + e];
-        x = ptx::ex2_approx(x * factor - base);
-        sum += x;
-      }
-    state.sum[r] += sum;
-  }
-}
 
 template <KernelConfig kC>
 struct FwdBlock {
@@ -231,25 +163,16 @@ struct FwdBlock {
     __syncthreads();  // all are done with Q's memory
     const float sink =
         p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e : -kInfinity;
-    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
     float normalizer[kRowsPerWarp / 8], lse[kRowsPerWarp / 8];
+    finish_softmax<kRowsPerWarp, kC.head_dim_v>(state, o, factor, sink, normalizer, lse);
+    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
 #pragma unroll
     for (int32 r = 0; r < kRowsPerWarp / 8; ++r) {
-      const float own_sum = quad_sum(state.sum[r]), own_max = state.max[r] * factor, max = fmaxf(own_max, sink);
-      const bool no_key = own_sum == 0.0f;
-      const float rescale = no_key ? 0.0f : ptx::ex2_approx(own_max - max);
-      const float sum = own_sum * rescale + (sink == -kInfinity ? 0.0f : ptx::ex2_approx(sink - max));
-      normalizer[r] = no_key ? 0.0f : rescale * dropout_scale / sum;
-      lse[r] = no_key ? sink : max + ptx::lg2_approx(sum);
       const int32 row = warp_row + 8 * r + lane / 4;
       if (lane % 4 == 0 && row < rows) lse_rows[row] = lse[r] * kLn2;
-      if (no_key) {  // 0, also where 0 times a NaN of V that other rows see has been added
-#pragma unroll
-        for (int32 n = 0; n < kC.head_dim_v / 8; ++n) o.x[r / 2][n][r % 2 * 2] = o.x[r / 2][n][r % 2 * 2 + 1] = 0.0f;
-      }
     }
     TileWriter<typename Storage::O>(base, Storage::kQ, warp_row).template store<kDType>(o, [&](int32 m, int32 h) {
-      return normalizer[2 * m + h];
+      return normalizer[2 * m + h] * dropout_scale;
     });
     __syncthreads();
     store_tile<typename Storage::O, kC.aligned, kThreads>(shared + Storage::kQ, o_rows, p.o.row_stride, rows,

@@ -1,0 +1,99 @@
+// The online softmax over the keys of a warp's rows: a running maximum and sum, in units of log2.
+#pragma once
+
+#include "common/types.h"
+#include "kernels/ptx/convert.cuh"
+#include "kernels/tile/layout.cuh"
+
+namespace flash {
+
+// Running softmax statistics of a thread's rows.
+template <int32 kRows>
+struct SoftmaxState {
+  float max[kRows];  // of the stored scores
+  float sum[kRows];  // of this thread's columns only, until the end
+};
+
+__forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// The maximum that scores are taken relative to may lag behind the true one by this much, in log2 units: weights stay
+// below 2^8, which costs no precision, and o need hardly ever be rescaled.
+inline constexpr float kMaxLag = 8.0f;
+
+// s becomes 2^(s - max); the statistics and o follow the maximum when it has grown by kMaxLag in a row of the warp.
+// kGuard: a row may have seen no key so far.
+template <bool kGuard, int32 kM, int32 kN, int32 kDimV>
+__forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o,
+                                    float factor) {
+  float max[kM / 8];
+  bool grows[kM / 8], any_grows = false;
+#pragma unroll
+  for (int32 r = 0; r < kM / 8; ++r) {
+    max[r] = s.x[r / 2][0][r % 2 * 2];
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n)
+      max[r] = fmaxf(max[r], fmaxf(s.x[r / 2][n][r % 2 * 2], s.x[r / 2][n][r % 2 * 2 + 1]));
+    max[r] = quad_max(max[r]);
+    // Also true where a first key is seen, and (as a negation) for NaN.
+    grows[r] = !(max[r] * factor <= state.max[r] * factor + kMaxLag);
+    any_grows = any_grows || grows[r];
+  }
+  if (__any_sync(~0u, any_grows)) {
+#pragma unroll
+    for (int32 r = 0; r < kM / 8; ++r) {
+      // Each row decides for itself, lest its neighbours in the warp change how it is rounded.
+      const float new_max = grows[r] ? fmaxf(state.max[r], max[r]) : state.max[r];
+      const float rescale = grows[r] ? ptx::ex2_approx((state.max[r] - new_max) * factor) : 1.0f;
+      state.max[r] = new_max;
+      state.sum[r] *= rescale;
+#pragma unroll
+      for (int32 n = 0; n < kDimV / 8; ++n)
+#pragma unroll
+        for (int32 e = 0; e < 2; ++e) o.x[r / 2][n][r % 2 * 2 + e] *= rescale;
+    }
+  }
+#pragma unroll
+  for (int32 r = 0; r < kM / 8; ++r) {
+    const float base = (kGuard && state.max[r] == -kInfinity ? 0.0f : state.max[r]) * factor;
+    float sum = 0.0f;
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+      for (int32 e = 0; e < 2; ++e) {
+        float& x = s.x[r / 2][n][r % 2 * 2 + e];
+        x = ptx::ex2_approx(x * factor - base);
+        sum += x;
+      }
+    state.sum[r] += sum;
+  }
+}
+
+// What is left to do when all keys have been seen: `normalizer`, by which o is to be multiplied, and lse in log2 units,
+// both with a sink (log2 units; -inf for none) in the sum. Rows that have seen no key get o = 0 and the sink's lse.
+template <int32 kM, int32 kDimV>
+__forceinline__ void finish_softmax(const SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o, float factor,
+                                    float sink, float (&normalizer)[kM / 8], float (&lse)[kM / 8]) {
+#pragma unroll
+  for (int32 r = 0; r < kM / 8; ++r) {
+    const float own_sum = quad_sum(state.sum[r]), own_max = state.max[r] * factor, max = fmaxf(own_max, sink);
+    const bool no_key = own_sum == 0.0f;
+    const float rescale = no_key ? 0.0f : ptx::ex2_approx(own_max - max);
+    const float sum = own_sum * rescale + (sink == -kInfinity ? 0.0f : ptx::ex2_approx(sink - max));
+    normalizer[r] = no_key ? 0.0f : rescale / sum;
+    lse[r] = no_key ? sink : max + ptx::lg2_approx(sum);
+    if (no_key) {  // o is 0 times V so far, which is NaN where V is
+#pragma unroll
+      for (int32 n = 0; n < kDimV / 8; ++n) o.x[r / 2][n][r % 2 * 2] = o.x[r / 2][n][r % 2 * 2 + 1] = 0.0f;
+    }
+  }
+}
+
+}  // namespace flash
