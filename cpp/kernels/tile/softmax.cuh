@@ -28,10 +28,10 @@ __forceinline__ float quad_sum(float x) {
 // below 2^8, which costs no precision, and o need hardly ever be rescaled.
 inline constexpr float kMaxLag = 8.0f;
 
-// s becomes 2^(s - max); the statistics and o follow the maximum when it has grown by kMaxLag in a row of the warp.
-// kGuard: a row may have seen no key so far.
-template <bool kGuard, int32 kM, int32 kN, int32 kDimV>
-__forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o,
+// s becomes 2^(s - max). Where the maximum has grown by kMaxLag in a row of the warp the result is true, and o must be
+// multiplied by `rescale`. kGuard: a row may have seen no key so far.
+template <bool kGuard, int32 kM, int32 kN>
+__forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
                                     float factor) {
   float max[kM / 8];
   bool grows[kM / 8], any_grows = false;
@@ -46,18 +46,15 @@ __forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>
     grows[r] = !(max[r] * factor <= state.max[r] * factor + kMaxLag);
     any_grows = any_grows || grows[r];
   }
-  if (__any_sync(~0u, any_grows)) {
+  any_grows = __any_sync(~0u, any_grows);
+  if (any_grows) {
 #pragma unroll
     for (int32 r = 0; r < kM / 8; ++r) {
       // Each row decides for itself, lest its neighbours in the warp change how it is rounded.
       const float new_max = grows[r] ? fmaxf(state.max[r], max[r]) : state.max[r];
-      const float rescale = grows[r] ? ptx::ex2_approx((state.max[r] - new_max) * factor) : 1.0f;
+      rescale[r] = grows[r] ? ptx::ex2_approx((state.max[r] - new_max) * factor) : 1.0f;
       state.max[r] = new_max;
-      state.sum[r] *= rescale;
-#pragma unroll
-      for (int32 n = 0; n < kDimV / 8; ++n)
-#pragma unroll
-        for (int32 e = 0; e < 2; ++e) o.x[r / 2][n][r % 2 * 2 + e] *= rescale;
+      state.sum[r] *= rescale[r];
     }
   }
 #pragma unroll
@@ -74,6 +71,17 @@ __forceinline__ void online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>
       }
     state.sum[r] += sum;
   }
+  return any_grows;
+}
+
+template <int32 kM, int32 kN>
+__forceinline__ void scale_rows(Accumulator<kM, kN>& o, const float (&rescale)[kM / 8]) {
+#pragma unroll
+  for (int32 r = 0; r < kM / 8; ++r)
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+      for (int32 e = 0; e < 2; ++e) o.x[r / 2][n][r % 2 * 2 + e] *= rescale[r];
 }
 
 // What is left to do when all keys have been seen: `normalizer`, by which o is to be multiplied, and lse in log2 units,
