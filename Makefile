@@ -20,13 +20,13 @@ test: $(VENV)/installed  ## the whole test suite
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find cpp -name '*.h' -o -name '*.cc')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find cpp -name '*.h' -o -name '*.cc' -o -name '*.cuh')
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find cpp -name '*.h' -o -name '*.cc')
+	$(VENV)/bin/clang-format -i $$(find cpp -name '*.h' -o -name '*.cc' -o -name '*.cuh')
 
 bench: $(VENV)/installed  ## the CPU table of the README
 	$(VENV)/bin/python -m benchmarks.run --group cpu --out out/cpu.json --plot out/cpu.png

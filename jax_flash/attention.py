@@ -45,7 +45,7 @@ def flash_attention(
     sinks: the sink) and gradients 0.
 
     Args:
-      query: ``[..., T, N, H]``, float32, bfloat16 or float16 (one dtype for query, key and value).
+      query: ``[..., T, N, H]``, bfloat16, float16 or, on the CPU only, float32 (one dtype for query, key and value).
       key: ``[..., S, K, H]``; N must be a multiple of K.
       value: ``[..., S, K, D]``.
       bias: ``[..., N, T, S]``, any axis of which may be 1; added to the scaled and capped scores. Differentiable; its
@@ -75,8 +75,9 @@ def flash_attention(
         index, head and positions alone: it is the same on every device and under jit, vmap, remat and sharding. Inside
         a ``shard_map``, fold in ``axis_index`` to give each shard its own.
       broadcast_dropout: one mask for all batch entries and heads, as Flax does by default.
-      deterministic: the gradients must be bitwise equal from run to run. (On the CPU they always are.) On GPUs this
-        costs some speed, and memory for the full gradient of a bias that broadcasts.
+      deterministic: the gradients must be bitwise equal from run to run. (On the CPU they always are.) On GPUs those
+        of key and value always are too; this adds those of query and bias, and costs some speed, and memory for the
+        full gradient of a bias that broadcasts.
       return_lse: also return the logsumexp of the scores.
 
     Returns:
@@ -86,6 +87,8 @@ def flash_attention(
     Raises:
       ValueError: an argument is wrong; the message names it, what was expected and what came.
       NotImplementedError: a head dim above 256, an unsupported dtype, forward-mode or second derivatives.
+      jax.errors.JaxRuntimeError: on a GPU, when XLA compiles: float32 inputs, which are to be cast; no NVRTC, or one
+        that is too old for the GPU; a GPU older than Ampere.
 
     Example:
       >>> import jax, jax.numpy as jnp

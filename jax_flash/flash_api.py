@@ -2,7 +2,8 @@
 
 Argument names and their meaning are those of FlashAttention's ``mha_fwd``, ``mha_varlen_fwd``, ``mha_bwd`` and
 ``mha_varlen_bwd``. Outputs are returned instead of written to buffers, and a dropout generator becomes either a JAX key
-or the Philox state that an earlier forward returned. Causality and windows are aligned bottom-right.
+or the Philox state that an earlier forward returned. Causality and windows are aligned bottom-right. Dtypes and the
+errors of GPUs are those of ``flash_attention``.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ def mha_varlen_fwd(
       seqused_k: int32 ``[B]``, keys used of each sequence.
       block_table: int32 ``[B, max_blocks]``.
       alibi_slopes: float32 ``[N]`` or ``[B, N]``.
-      max_seqlen_q: Python int, needed.
-      max_seqlen_k: Python int, needed.
+      max_seqlen_q: Python int, needed: at least the longest sequence, whose results are else unspecified.
+      max_seqlen_k: likewise.
       p_dropout: in [0, 1).
       softmax_scale: 1/sqrt(H) if None.
       zero_tensors: accepted, without effect: every element of the result is defined.

@@ -37,7 +37,8 @@ def paged_attention(
     within the length is clamped to 0..num_pages - 1: a wrong result, but no access outside of the pages.
 
     Args:
-      query: ``[B, T, N, H]``, or packed ``[total_q, N, H]`` with ``cu_seqlens_q``; float32, bfloat16 or float16.
+      query: ``[B, T, N, H]``, or packed ``[total_q, N, H]`` with ``cu_seqlens_q``; of the dtypes of
+        ``flash_attention``.
       key_pages: ``[num_pages, page_size, K, H]``, any page_size from 1; N must be a multiple of K.
       value_pages: ``[num_pages, page_size, K, D]``.
       page_table: int32 ``[B, max_pages]``.
@@ -50,8 +51,8 @@ def paged_attention(
       logits_soft_cap: as in ``flash_attention``.
       alibi_slopes: float32 ``[N]`` or ``[B, N]``.
       sinks: float32 ``[N]``.
-      num_splits: into how many parts each sequence's keys are split to be treated in parallel on a GPU; None chooses
-        by occupancy. Changes rounding only. On the CPU parallelism is over sequences and heads, and it has no effect.
+      num_splits: into how many parts each sequence's keys are to be split, to be treated in parallel; None leaves the
+        choice to the implementation. It has no effect yet: parallelism is over sequences, heads and blocks of queries.
       return_lse: also return the logsumexp.
 
     Returns:
@@ -61,6 +62,7 @@ def paged_attention(
     Raises:
       ValueError: an argument is wrong; the message names it, what was expected and what came.
       NotImplementedError: differentiation, and as ``flash_attention``.
+      jax.errors.JaxRuntimeError: as ``flash_attention``.
 
     Example:
       >>> import jax, jax.numpy as jnp

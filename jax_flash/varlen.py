@@ -35,11 +35,11 @@ def flash_attention_varlen(
 
     Sequence b has the queries ``cu_seqlens_q[b] .. cu_seqlens_q[b + 1]`` and the keys ``cu_seqlens_kv[b] ..
     cu_seqlens_kv[b + 1]``; either may be empty. Alignment, window and ALiBi go by each sequence's own lengths. Rows
-    outside of all sequences give output 0, lse -inf and gradients 0. Offsets are clamped to the arrays, and those that
-    decrease give empty sequences: unspecified results, but no access outside of the arrays.
+    outside of all sequences give output 0, lse -inf and gradients 0. Offsets are clamped to the arrays; where they
+    decrease, results are unspecified, but nothing outside of the arrays is accessed.
 
     Args:
-      query: ``[total_q, N, H]``, float32, bfloat16 or float16.
+      query: ``[total_q, N, H]``, of the dtypes of ``flash_attention``.
       key: ``[total_kv, K, H]``; N must be a multiple of K.
       value: ``[total_kv, K, D]``.
       cu_seqlens_q: int32 ``[B + 1]``, offsets of the sequences' first queries; may be traced.
@@ -67,6 +67,7 @@ def flash_attention_varlen(
     Raises:
       ValueError: an argument is wrong; the message names it, what was expected and what came.
       NotImplementedError: as ``flash_attention``.
+      jax.errors.JaxRuntimeError: likewise.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,6 +1,7 @@
-"""The kernels of every row of the heuristics table, compiled for every architecture: without a GPU, by the NVRTC of PyPI.
+"""Every row of the heuristics table, compiled for every architecture by the NVRTC of PyPI: no GPU is needed.
 
-Fails on errors, on warnings, on shared memory that the architecture does not have, and on spilled registers beyond LIMITS.
+Fails on errors, on warnings, on shared memory that an architecture does not have, and where more
+registers are spilled than a table says.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ SHARED_LIMITS = {
     "sm_120a": 99 * 1024,
 }
 
-# Head dims of query and key, and of value: every tile, unequal ones, and one whose rows do not start on 16 bytes.
-CLASSES = (32, 64, 96, 128, 192, 256)
-HEAD_DIMS = [*((dim, dim) for dim in CLASSES), (192, 128), (111, 111)]
+CLASSES = (32, 64, 96, 128, 192, 256)  # of head dims, as tiled
 
 FEATURES: dict[str, dict[str, int]] = {
     "softcap": {"softcap": 1},
@@ -93,37 +92,39 @@ def features(direction: int) -> list[str]:
     return [name for name in FEATURES if ONLY.get(name, direction) == direction]
 
 
-CASES = [Case(arch, d, *dims) for arch in SHARED_LIMITS for dims in HEAD_DIMS for d in DIRECTIONS]
+CASES = [Case(arch, d, dim, dim) for arch in SHARED_LIMITS for dim in CLASSES for d in DIRECTIONS]
+# Unequal head dims, and rows that do not start on 16 bytes.
+CASES += [
+    Case(arch, d, *dims)
+    for arch in ("sm_80", "sm_90a", "sm_120a")
+    for dims in ((192, 128), (111, 111))
+    for d in DIRECTIONS
+]
 CASES += [Case(arch, d, dim, dim, dtype=F16) for arch, dim in (("sm_80", 64), ("sm_90a", 128)) for d in DIRECTIONS]
-# The two ends of shared memory, of which the tiles depend.
+# The most and the least shared memory.
 CASES += [
     Case(arch, d, dim, dim, feature)
     for arch in ("sm_90a", "sm_86")
     for dim in (64, 128, 256)
     for d in DIRECTIONS
     for feature in features(d)
+    if not (arch == "sm_86" and feature in ("bias float32", "bias of queries"))
 ]
 
 
-class Limit(NamedTuple):
-    spilled: int  # bytes of loads or of stores in the whole kernel
-    in_step: float  # instructions of the main loop that load or store what was spilled, as a share
-
-
-# A thread has 255 registers. What does not fit is to be scalars, kept outside of the main loops (pointers, strides, lengths
-# for the epilogue), and a few that the loop's rare branches take. Measured with NVRTC 13.5, with some slack, as compilers
-# differ; the first row that matches counts.
-LIMITS: list[tuple[dict[str, object], Limit]] = [
-    # Rows are copied element by element, through registers that O fills.
-    ({"direction": FORWARD, "head_dim": 256, "feature": "unaligned"}, Limit(1500, 0.09)),
-    # Several operands enter each score.
-    ({"feature": "all"}, Limit(500, 0.04)),
-    ({}, Limit(320, 0.02)),
-]
-
-
-def limit_of(case: Case) -> Limit:
-    return next(limit for row, limit in LIMITS if all(getattr(case, name) == x for name, x in row.items()))
+# A thread has 255 registers. What does not fit is to be scalars outside of the main loops (pointers, strides, lengths
+# for the epilogue), and a few inside whose latency the products hide. Bytes of loads or stores in all of a kernel, by
+# feature, as measured with NVRTC 13.5 and with some slack, as compilers differ:
+SPILLED_BYTES = {
+    "all": 900,  # the most pointers and strides: 728
+    # Addresses and elements of many scores are at hand at once: 308.
+    "bias float32": 400,
+    "bias of queries": 400,
+    "mask": 400,
+}
+OTHER_SPILLED_BYTES = 300  # 216
+# Of the instructions in a step of the main loop, those that load or store what was spilled: 1.9 %, mostly below 1 %.
+SHARE_IN_STEP = 0.025
 
 
 def product_instructions(c: dict[str, int]) -> int:
@@ -144,7 +145,7 @@ def section_of(elf: bytes, name: bytes) -> bytes:
     raise AssertionError(f"no section {name!r}")
 
 
-# An instruction takes 16 bytes and has its operation in the lowest 12 bits, from sm_80 to sm_120 (nvdisasm prints both).
+# From sm_80 to sm_120 an instruction takes 16 bytes and has its operation in the lowest 12 bits (nvdisasm prints both).
 HMMA, STORE_LOCAL, LOAD_LOCAL = 0x23C, 0x387, 0x983
 
 
@@ -175,13 +176,12 @@ def test_kernel(case):
     assert cubin, log
     assert not re.search(r"\bwarning\b", log, re.IGNORECASE), log
     if not _core.nvrtc_version().startswith("13."):
-        return  # LIMITS are of this compiler
+        return  # the limits are this compiler's
     spills = [int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     assert len(spills) == (2 if case.direction == FORWARD else 6), log
-    limit = limit_of(case)
-    assert max(spills) <= limit.spilled
+    assert max(spills) <= SPILLED_BYTES.get(case.feature or "", OTHER_SPILLED_BYTES)
     if case.feature != "return_softmax":  # a testing aid, which takes the scores a second time
-        assert share_of_local_memory(cubin, config) <= limit.in_step
+        assert share_of_local_memory(cubin, config) <= SHARE_IN_STEP
 
 
 TILING = ("block_q", "block_kv", "num_warps", "warps_d", "num_stages", "min_blocks", "head_dim", "head_dim_v")

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,9 +36,13 @@ FLAGS = "-std=c++20 -w -fPIC -shared -fno-gnu-unique -Wl,-Bsymbolic"
 # -O1: most kernels run for less time than more would take to compile. Fortified longjmp would not leave a fiber.
 KERNEL_FLAGS = (
     f"{FLAGS} -O1 -fno-strict-aliasing -U_FORTIFY_SOURCE "
-    "-fsanitize=undefined -fsanitize-undefined-trap-on-error -ftrivial-auto-var-init=pattern"
+    "-ftrivial-auto-var-init=pattern -fsanitize-undefined-trap-on-error "
+    "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
 )
-HOST_FILES = [f"cuda/{n}.cc" for n in "batch_axes disk_cache heuristics jit launch_bwd launch_fwd".split()] + ["ffi/decode.cc"]
+HOST_FILES = [
+    *(f"cuda/{name}.cc" for name in ("batch_axes", "disk_cache", "heuristics", "jit", "launch_bwd", "launch_fwd")),
+    "ffi/decode.cc",
+]
 # Shared memory, as cpp/cuda/driver.cc knows it: of the largest and of the smallest GPUs.
 ARCHS = {90: 232448, 86: 101376}
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -45,15 +50,16 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 
 def version_of_compiler() -> str:
     try:
-        return subprocess.run([*COMPILER.split(), "--version"], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([*COMPILER.split(), "--version"], capture_output=True, text=True, check=False).stdout
     except OSError:
         return ""
 
 
+GCC = re.match(r"\S+ \(.*\) (\d+)\.(?s:.*)Free Software Foundation", version_of_compiler())
 if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
     pytest.skip("the emulated GPU needs Linux on x86-64 or aarch64", allow_module_level=True)
-if "Free Software Foundation" not in version_of_compiler():
-    pytest.skip("the emulated GPU needs g++ (or $CXX, a GCC)", allow_module_level=True)
+if not GCC or int(GCC[1]) < 12:
+    pytest.skip("the emulated GPU needs g++ 12 or later, as $CXX or on the PATH", allow_module_level=True)
 
 
 # ---- The emulated GPU ----
@@ -62,29 +68,34 @@ if "Free Software Foundation" not in version_of_compiler():
 def compile_library(target: Path, flags: list[str]) -> None:
     """Under another name first: several workers may do the same."""
     temporary = target.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([*COMPILER.split(), *flags, "-o", str(temporary)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*COMPILER.split(), *flags, "-o", str(temporary)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     temporary.replace(target)
 
 
 @pytest.fixture(scope="session")
-def runtime(request) -> ctypes.CDLL:
+def runtime(request, tmp_path_factory) -> ctypes.CDLL:
     """The library with the emulated GPU's run time, registered with XLA. It and all kernels stay in pytest's cache."""
+    cache = getattr(request.config, "cache", None)  # None with -p no:cacheprovider
     sources = [p for folder in (ROOT / "cpp", EMULATOR) for p in sorted(folder.rglob("*")) if p.is_file()]
     key = hashlib.sha256("\0".join([KERNEL_FLAGS, version_of_compiler(), jax.__version__]).encode())
     for path in sources:
         key.update(path.read_bytes())
     version = key.hexdigest()[:16]
-    folder = request.config.cache.mkdir("jax_flash_emulator") / version
+    folder = (cache.mkdir("emulator") if cache else tmp_path_factory.mktemp("emulator")) / version
     folder.mkdir(exist_ok=True)
     library = folder / "emulator.so"
     if not library.exists():
         with contextlib.suppress(FileExistsError):
             (folder / "cuda").symlink_to(ROOT / "cpp")  # where the library looks for the kernels' sources
-        kernel_compiler = f"{COMPILER} {KERNEL_FLAGS} -I{EMULATOR}"
+        kernel_compiler = f"{COMPILER} {KERNEL_FLAGS} -I'{EMULATOR}'"
         defines = [f'-DEMULATOR_VERSION="{version}"', f'-DEMULATOR_COMPILER="{kernel_compiler}"']
         files = [str(EMULATOR / "runtime.cc"), *(str(ROOT / "cpp" / name) for name in HOST_FILES)]
-        compile_library(library, [*FLAGS.split(), *defines, f"-I{ROOT / 'cpp'}", "-isystem", jax.ffi.include_dir(), *files, "-ldl"])
+        compile_library(
+            library, [*FLAGS.split(), *defines, f"-I{ROOT / 'cpp'}", "-isystem", jax.ffi.include_dir(), *files, "-ldl"]
+        )
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.argtypes = [ctypes.c_int, ctypes.c_longlong]
     with pytest.MonkeyPatch.context() as patch:
@@ -143,9 +154,12 @@ def assert_near(actual, expected, dtype, factor: float = 1.0) -> None:
     for i, (x, e) in enumerate(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)):
         x, e = np.asarray(x, np.float32), np.asarray(e, np.float32)
         assert x.shape == e.shape
+        assert not np.isnan(x).any(), f"array {i} has NaN"
         if x.size:
             error = np.abs(x - e)
-            assert error.max() <= 4 * eps * np.abs(e).max() + 1e-6, f"array {i} at {np.argwhere(error == error.max())[0]}"
+            assert error.max() <= 4 * eps * np.abs(e).max() + 1e-6, (
+                f"array {i} at {np.argwhere(error == error.max())[0]}"
+            )
             assert np.sqrt(np.mean(error**2)) <= 1.5 * eps * np.sqrt(np.mean(e**2)) + 1e-6, f"array {i}"
 
 
@@ -160,17 +174,253 @@ def compare(emulated, call, arrays, cotangents, sm=90, factor: float = 1.0):
 
 # ---- Dense ----
 
+HEADS = np.float32([0.5, -0.25, 0.1, 0.05])
 DROPOUT = {"dropout_rate": 0.3, "dropout_key": np.uint32([7, 8])}
-# Name -> seqlen_q, seqlen_kv, head_dim, head_dim_v, then functions of the random generator that give options.
+LENGTHS = {"query_seq_lengths": np.int32([150, 77]), "key_value_seq_lengths": np.int32([131, 0])}
+BOTTOM, TOP = {"is_causal": True}, {"is_causal": True, "causal_alignment": "top_left"}
+
+
+def normal(*shape, dtype=jnp.float32):
+    return lambda rng: rng.normal(*shape, dtype=dtype)
+
+
+def booleans(*shape):
+    return lambda rng: rng.bernoulli(*shape, p=0.7)
+
+
+def segments(last: int, *shape):
+    return lambda rng: jnp.sort(rng.integers(0, last, *shape))
+
+
+# [B, T, N, H] = [2, 150, 4, 64] and [B, S, K] = [2, 200, 2] unless a case says otherwise. Options that are functions
+# are called with the random generator. Every tiling of heuristics.cc is here, and every field of KernelConfig.
 CASES = {
-    "full": (150, 200, 64, 64, {}),
-    "causal": (150, 200, 64, 64, {"is_causal": True}),
-}
+    "64": {},
+    "64 float16 bottom": {"dtype": F16, "T": 300, "S": 333, **BOTTOM},
+    "64 rows without keys": {"T": 300, "S": 130, **BOTTOM},
+    "64 one query": {"T": 1, "S": 129, **BOTTOM},
+    "no keys": {"S": 0},
+    "32": {"H": 32, "sm": 86, **TOP},
+    "96 window": {"H": 96, "local_window_size": (70, 20)},
+    "128": {"H": 128, "T": 130, "S": 260, **BOTTOM},
+    "128 small": {"H": 128, "sm": 86, "dtype": F16, "K": 1, "local_window_size": (20, 5)},
+    "256": {"H": 256, "T": 100, "S": 90, **BOTTOM},
+    "256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, "K": 1},
+    "192, 128": {"H": 192, "D": 128, "T": 70, "N": 2, "K": 1, **BOTTOM},
+    "72, 40": {"H": 72, "D": 40},
+    "59": {"H": 59, "dtype": F16, **BOTTOM},
+    "131, 7": {"H": 131, "D": 7, "T": 40, "S": 70, "dtype": F16},
+    "negative scale": {"scale": -0.2, **TOP},
+    "cap, alibi, sinks": {"logits_soft_cap": 3.0, "alibi_slopes": HEADS, "sinks": normal(4), **BOTTOM, "factor": 2},
+    "alibi in a window": {"H": 128, "alibi_slopes": HEADS, "local_window_size": (90, 30)},
+    "bias": {"bias": normal(2, 4, 150, 200, dtype=BF16), **BOTTOM},
+    "bias of odd rows": {"S": 199, "bias": normal(1, 4, 150, 199, dtype=BF16), "dtype": F16, "factor": 1.5},
+    "bias of keys": {"S": 201, "bias": normal(2, 1, 1, 201), "H": 128},
+    "bias of queries": {"bias": normal(1, 4, 150, 1, dtype=F16), "deterministic": True},
+    "bias 256": {"H": 256, "T": 70, "S": 96, "bias": normal(1, 4, 70, 96, dtype=F16), "dtype": F16},
+    "mask, lengths": {"mask": booleans(2, 1, 150, 200), **LENGTHS},
+    "mask of odd rows": {"S": 203, "H": 128, "mask": booleans(1, 4, 150, 203), **BOTTOM},
+    "lengths": {"H": 128, **BOTTOM, **LENGTHS},
+    "segments": {
+        "T": 300, "S": 333, "query_segment_ids": segments(3, 2, 300), "key_value_segment_ids": segments(4, 2, 333)
+    },
+    "segments in any order": {
+        "H": 128, "query_segment_ids": lambda r: r.integers(0, 2, 2, 150),
+        "key_value_segment_ids": lambda r: r.integers(0, 2, 2, 200), **BOTTOM,
+    },
+    "dropout": {**DROPOUT, **BOTTOM},
+    "dropout 128": {"H": 128, **DROPOUT, "deterministic": True},
+    "dropout 128 small": {"H": 128, "sm": 86, **DROPOUT},
+    "dropout 256": {"H": 256, "T": 70, "S": 130, **DROPOUT},
+    "dropout 256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, **DROPOUT},
+    "deterministic": {"T": 200, "S": 500, "deterministic": True, "local_window_size": (150, 100)},
+    "deterministic 256": {"H": 256, "T": 130, "S": 200, "deterministic": True, "N": 2, **BOTTOM},
+    "everything": {
+        "H": 40, "scale": 0.2, "logits_soft_cap": 4.0, "alibi_slopes": 0.1 * HEADS, "sinks": normal(4),
+        "bias": normal(2, 1, 150, 200), "mask": booleans(1, 4, 150, 200), **LENGTHS, **DROPOUT, "deterministic": True,
+        "query_segment_ids": segments(1, 2, 150), "key_value_segment_ids": segments(1, 2, 200),
+        "local_window_size": (120, 10), "factor": 2,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_dense(rng, emulated, case):
-    seqlen_q, seqlen_kv, dim, dim_v, options = CASES[case]
-    arrays = rng.qkv(2, seqlen_q, seqlen_kv, 4, 2, dim, dim_v, dtype=BF16)
-    call = functools.partial(flash_attention, return_lse=True, **options)
-    compare(emulated, call, arrays, cotangents_of(rng, arrays[0], arrays[2]))
+    shape = {"T": 150, "S": 200, "N": 4, "K": 2, "H": 64, "dtype": BF16, "sm": 90, "factor": 1}
+    options = {name: x(rng) if callable(x) else x for name, x in CASES[case].items() if name not in {*shape, "D"}}
+    shape |= {name: x for name, x in CASES[case].items() if name in {*shape, "D"}}
+    T, S, dtype = shape["T"], shape["S"], shape["dtype"]
+    q, k, v = rng.qkv(2, T, S, shape["N"], shape["K"], shape["H"], shape.get("D"), dtype=dtype)
+    # What lies behind the lengths must reach nothing.
+    for b, length in enumerate(options.get("key_value_seq_lengths", ())):
+        k, v = k.at[b, length:].set(jnp.nan), v.at[b, length:].set(jnp.nan)
+    for b, length in enumerate(options.get("query_seq_lengths", ())):
+        q = q.at[b, length:].set(jnp.nan)
+    more = [name for name in ("bias", "sinks") if name in options]
+    arrays = [q, k, v, *(options.pop(name) for name in more)]
+
+    def call(q, k, v, *rest):
+        return flash_attention(q, k, v, **dict(zip(more, rest, strict=True)), **options, return_lse=True)
+
+    compare(emulated, call, arrays, cotangents_of(rng, q, v), shape["sm"], shape["factor"])
+
+
+def test_vmap(rng, emulated):
+    """Batch axes that no kernel can take as one, and operands that all share."""
+    q, k, v = rng.qkv((3, 2), 70, 90, dtype=BF16, dim=64)
+    bias = rng.normal(3, 1, 1, 70, 1)
+
+    def call(q, k, v, bias):
+        attend = functools.partial(flash_attention, is_causal=True, return_lse=True)
+        return jax.vmap(lambda q, k, v, b: attend(q, k, v, bias=b), in_axes=(0, None, 0, 0))(q, k, v, bias)
+
+    compare(emulated, call, (q, k[0], v, bias), cotangents_of(rng, q, v))
+
+
+@pytest.mark.parametrize("dim, dim_v", [(64, 96), (256, 256)])
+def test_softmax(rng, emulated, dim, dim_v):
+    """The probabilities, whose sign is the dropout bit."""
+    q, k, v = rng.qkv(2, 70, 133, 4, 2, dim, dim_v, dtype=BF16)
+    options = {"is_causal": True, "p_dropout": 0.3, "dropout_key": np.uint32([3, 4]), "return_softmax": True}
+    with emulated():
+        actual = np.asarray(flash_api.mha_fwd(q, k, v, **options).S_dmask)
+    expected = np.asarray(flash_api.mha_fwd(*wide((q, k, v)), **options).S_dmask)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    assert_equal(np.signbit(actual[expected != 0]), np.signbit(expected[expected != 0]))
+
+
+# ---- Packed and paged ----
+
+PACKED = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (40, 10), "alibi_slopes": HEADS},
+    "dropout": {**DROPOUT, "seqused_kv": np.int32([20, 60, 0, 33, 90])},
+    "deterministic": {"deterministic": True, "is_causal": True},
+}
+
+
+def packed(rng, offsets_q, offsets_kv, dim, longest, **options):
+    arrays = [rng.normal(200, heads, dim, dtype=BF16) for heads in (4, 2, 2)]
+    call = functools.partial(
+        flash_attention_varlen, cu_seqlens_q=ints(*offsets_q), cu_seqlens_kv=ints(*offsets_kv), max_seqlen_q=longest,
+        max_seqlen_kv=longest, return_lse=True, **options,
+    )  # fmt: skip
+    return call, arrays, cotangents_of(rng, arrays[0], arrays[2])
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("option", PACKED)
+def test_packed(rng, emulated, option, dim):
+    """Sequences without queries, without keys, and rows in front of the first and behind the last."""
+    offsets = (
+        (3, 30, 100, 100, 133, 190),
+        (0, 20, 90, 95, 130, 130) if option != "dropout" else (0, 20, 90, 95, 130, 190),
+    )
+    compare(emulated, *packed(rng, *offsets, dim, 100, **PACKED[option]))
+
+
+@pytest.mark.parametrize(
+    "offsets_q, offsets_kv, longest",
+    [
+        ((-5, 60, 20, 2**31 - 1), (2**31 - 1, 0, 300, 100), 100),
+        ((0, 150, 120, 200), (0, 90, 80, 200), 200),
+        ((0, 10, 200), (0, 10, 200), 64),
+    ],
+    ids=["out of range", "decreasing", "longer than stated"],
+)
+def test_bad_offsets(rng, emulated, offsets_q, offsets_kv, longest):
+    """Any result, but no access outside of the arrays."""
+    for options in ({}, {"is_causal": True, "deterministic": True}):
+        call, arrays, cotangents = packed(rng, offsets_q, offsets_kv, 64, longest, **options)
+        with emulated():
+            with_gradients(call, arrays, cotangents)
+
+
+@pytest.mark.parametrize("dim, page_size, seqlen_q", [(64, 16, 3), (128, 1, 1), (256, 48, 70), (40, 7, 20)])
+def test_paged(rng, emulated, dim, page_size, seqlen_q):
+    """What the table says past a length is not even a page."""
+    pages = 2 + 100 // page_size
+    table = rng.integers(0, pages - 1, 2, pages)
+    lengths = ints(100, 33)
+    beyond = jnp.arange(pages) * page_size >= lengths[:, None]
+    q = rng.normal(2, seqlen_q, 4, dim, dtype=BF16)
+    k, v = (rng.normal(pages, page_size, 2, dim, dtype=BF16) for _ in range(2))
+
+    def attend(q, k, v, garbage):
+        return paged_attention(q, k, v, jnp.where(beyond, garbage, table), lengths, return_lse=True)
+
+    with emulated():
+        results = jax.block_until_ready([attend(q, k, v, garbage) for garbage in (2**31 - 1, -5)])
+    expected = attend(*wide((q, k, v)), 0)
+    for out, lse in results:
+        np.testing.assert_allclose(lse, expected[1], rtol=1e-4, atol=1e-3)
+        assert_near(out, expected[0], BF16)
+
+
+# ---- The emulator itself ----
+
+# Kernels of 2 blocks of 64 threads, with 256 bytes of shared memory, that turn 64 floats round; what is said of them.
+LOAD, WAIT = "ptx::cp_async_4(at, p.source + threadIdx.x, 4);", "ptx::cp_async_commit(); ptx::cp_async_wait<0>();"
+STORE = "p.target[threadIdx.x] = reinterpret_cast<float*>(shared)[63 - threadIdx.x];"
+BARRIER = "__syncthreads();"
+KERNELS = {
+    "right": (LOAD + WAIT + BARRIER + STORE, None),
+    "nothing waited for": (LOAD + "ptx::cp_async_commit();" + BARRIER + STORE, "NaN"),
+    "too little waited for": (LOAD + "ptx::cp_async_commit(); ptx::cp_async_wait<1>();" + BARRIER + STORE, "NaN"),
+    "nothing committed": (LOAD + "ptx::cp_async_wait<0>();" + BARRIER + STORE, "never committed"),
+    "no barrier": (LOAD + WAIT + STORE, "NaN"),
+    "nothing loaded": (STORE, "NaN"),
+    "loaded into what others read": (LOAD + WAIT + BARRIER + STORE + LOAD + BARRIER + WAIT, "NaN"),
+    "wild read": ("p.target[0] = p.source[1 << 30];", "outside of every buffer"),
+    "wild copy": ("ptx::cp_async_4(at, p.source + (1 << 30), 4);" + WAIT, "outside of every buffer"),
+    "no shared memory left": ("ptx::st_shared(at + 4, 0);", "shared memory ends before byte 260"),
+    "behind shared memory": ("shared[256] = 0;", "writes behind its shared memory"),
+    "alignment": ("ptx::cp_async_16(at + 4, p.source, 16);", "are not aligned"),
+    "alignment of vectors": (
+        "*reinterpret_cast<float4*>(p.target + 1) = *reinterpret_cast<const float4*>(p.source);", "undefined behaviour"
+    ),
+    "parted lanes": ("if (threadIdx.x != 5) __any_sync(~0u, true);", "waits for lanes that do not come"),
+    "lanes at two places": (
+        "if (threadIdx.x < 9) __any_sync(~0u, true); else ptx::reduce_max(1);", "at different instructions"
+    ),
+    "shift": ("p.target[0] = 1 << threadIdx.x;", "undefined behaviour"),
+    "spin": ("while (ptx::ld_acquire(&none) != 1) {}", "a turn that never comes"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory) -> ctypes.CDLL:
+    source = '#include "ptx.h"\nusing namespace flash;\nstruct P { const float* source; float* target; };\n'
+    source += "alignas(1024) char shared[1 << 16];\nint none;\n"
+    for i, (body, _) in enumerate(KERNELS.values()):
+        source += (
+            f"void kernel_{i}(P p) {{ const uint32 at = ptx::shared_address(shared) + 4 * threadIdx.x; {body} }}\n"
+        )
+        source += f'extern "C" const char* run_{i}(P p) {{\n'
+        source += f"  return emulator::launch(kernel_{i}, 2, 64, 256, shared, sizeof shared, &p);\n}}\n"
+    folder = tmp_path_factory.mktemp("emulator")
+    (folder / "kernels.cc").write_text(source)
+    flags = [*KERNEL_FLAGS.split(), f"-I{EMULATOR}", f"-I{ROOT / 'cpp'}", str(folder / "kernels.cc")]
+    compile_library(folder / "kernels.so", flags)
+    return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_emulator(kernels, name):
+    """It runs what is right and finds what is wrong."""
+
+    class Problem(ctypes.Structure):
+        _fields_ = (("source", ctypes.c_void_p), ("target", ctypes.c_void_p))
+
+    source, target = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    run = getattr(kernels, f"run_{list(KERNELS).index(name)}")
+    run.argtypes, run.restype = [Problem], ctypes.c_char_p
+    error, expected = run(Problem(source.ctypes.data, target.ctypes.data)), KERNELS[name][1]
+    if expected is None:
+        assert error is None
+        assert_equal(target, source[::-1])
+    elif expected == "NaN":
+        assert error is None and np.isnan(target).any()
+    else:
+        assert expected in error.decode()

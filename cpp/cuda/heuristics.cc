@@ -99,6 +99,7 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.warps_d = t.warps_d;
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
+  if (shared_bytes(c) > arch.max_shared_bytes) c.bias_tiled = false;  // then it is read element by element
   return c;
 }
 

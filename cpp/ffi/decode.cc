@@ -215,8 +215,11 @@ void decode_common(const Attrs& attrs, Decoder& d, Problem& p) {
     p.k = d.operand(Operand::kKey, {row, kv_head, {&View::col_stride, p.head_dim}}, same);
     p.v = d.operand(Operand::kValue, {row, kv_head, {&View::col_stride, p.head_dim_v}}, same);
   }
-  p.max_seqlen_q = packed ? std::min<int64>(attrs.max_seqlen_q, p.seqlen_q) : p.seqlen_q;
-  p.max_seqlen_kv = packed && p.page_size == 0 ? std::min<int64>(attrs.max_seqlen_kv, p.seqlen_kv) : p.seqlen_kv;
+  auto bound = [&](int64 max_seqlen, int64 rows) {
+    return packed ? clamp_to<int64>(max_seqlen, 1, max_of<int64>(rows, 1)) : rows;
+  };
+  p.max_seqlen_q = bound(attrs.max_seqlen_q, p.seqlen_q);
+  p.max_seqlen_kv = p.page_size ? p.seqlen_kv : bound(attrs.max_seqlen_kv, p.seqlen_kv);
   constexpr int64 kMaxLength = std::numeric_limits<int32>::max();
   if (p.seqlen_q > kMaxLength || p.seqlen_kv > kMaxLength) d.fail("sequence lengths", "must be below 2^31");
 

@@ -4,8 +4,9 @@
 // A thread block has block_kv keys of one key head and goes through all queries that see them, of all query heads of
 // the group. Tiles of S^T and dP^T have keys as rows, so that P^T and dS^T are left operands of dV += P^T dO and
 // dK += dS^T Q as they come out of the registers; only dS^T goes through shared memory, for dQ = dS K. With warps_d > 1
-// (head dims whose dk and dv one warp could not hold) P^T goes that way too. dQ is summed over thread blocks in global
-// memory, in float32; bwd_postprocess makes dq of it.
+// warps share keys, for products of 32 rows instead of 16 or for dk and dv that one warp could not hold, and P^T goes
+// through shared memory too. dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of
+// it.
 #pragma once
 
 #include "common/config.h"

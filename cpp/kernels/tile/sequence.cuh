@@ -1,11 +1,12 @@
 // Where a thread block works: the sequence, its rows and lengths, for dense, packed and paged problems alike.
 //
-// Values that come from the device are clamped so that no cu_seqlens, length or page index leads outside of a tensor.
-// Packed sequences that overlap (cu_seqlens that decrease) give unspecified results in the rows that they share.
+// Values that come from the device are clamped so that no cu_seqlens, length or page index leads outside of a tensor,
+// and no cu_seqlens makes sequences overlap.
 #pragma once
 
 #include "common/mask.h"
 #include "common/problem.h"
+#include "kernels/ptx/warp.cuh"
 
 namespace flash {
 
@@ -35,14 +36,23 @@ struct Slot {
   int32 used;
 };
 
+// Where sequence `index` of a packed batch entry starts, or sequence `index - 1` ends: the greatest offset so far, so
+// that no offsets make sequences overlap. To be called by whole warps.
+template <int32 kBatchAxes>
+__forceinline__ int32 packed_offset(const Problem& p, const View& cu_seqlens, int64 batch, int32 index, int64 rows) {
+  const int32* cu = address_of<const int32, kBatchAxes>(p, cu_seqlens, batch, 0, 0);
+  int32 greatest = 0;
+  for (int32 i = threadIdx.x % 32; i <= index; i += 32) greatest = max_of(greatest, cu[i]);
+  return min_of(ptx::reduce_max(greatest), int32(rows));
+}
+
 template <int32 kBatchAxes>
 __forceinline__ Slot slot_of(const Problem& p, const View& cu_seqlens, const View& lens, int64 batch, int32 index,
                              int64 rows) {
   Slot slot = {0, int32(rows), int32(rows)};
   if (cu_seqlens.data) {
-    const int32* cu = address_of<const int32, kBatchAxes>(p, cu_seqlens, batch, 0, index);
-    slot.begin = clamp_to<int32>(cu[0], 0, int32(rows));
-    slot.size = clamp_to<int32>(cu[1], slot.begin, int32(rows)) - slot.begin;
+    slot.begin = packed_offset<kBatchAxes>(p, cu_seqlens, batch, index, rows);
+    slot.size = packed_offset<kBatchAxes>(p, cu_seqlens, batch, index + 1, rows) - slot.begin;
     slot.used = slot.size;
   }
   if (lens.data)
@@ -76,21 +86,12 @@ __forceinline__ float* accum_block_of(const BwdProblem& p, const Sequence& s, in
                                        s.q.begin / kAccumRows + s.index + row / kAccumRows);
 }
 
-// Whether a row of a packed batch entry lies in no sequence; such rows are nobody's and must still be defined.
-template <int32 kBatchAxes>
-__forceinline__ bool outside_all_sequences(const Problem& p, const View& cu_seqlens, int64 batch, int32 row) {
-  const int32* cu = address_of<const int32, kBatchAxes>(p, cu_seqlens, batch, 0, 0);
-  for (int32 i = 0; i < p.num_sequences; ++i)
-    if (cu[i] <= row && row < cu[i + 1]) return false;
-  return true;
-}
-
 enum class Side { kQueries, kKeys };
 
 // The work of a grid of [batch entry, sequence, head, block of rows] and then, if packed, blocks of kThreads rows of
 // batch entries. Calls on_block(sequence, head, row) for the block's rows, which start at `row` of the sequence, and
-// on_stray(batch, row) in the one thread that looks after a row that lies in no sequence. Late blocks come first where
-// kLateFirst: with a causal mask those of queries are the longest.
+// on_stray(batch, row) in one thread for a row that lies in no sequence, which nobody else would define. Late blocks
+// come first where kLateFirst: with a causal mask those of queries are the longest.
 template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kLateFirst, class OnBlock, class OnStray>
 __forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray) {
   constexpr bool kQueries = kSide == Side::kQueries;
@@ -103,19 +104,21 @@ __forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray 
     const uint32 entry = blockIdx.x / (blocks * num_heads);
     const Sequence s = sequence_of<kBatchAxes>(p, entry / num_sequences, int32(entry % num_sequences));
     const int32 size = kQueries ? s.q.size : s.kv.size;
-    // More than once only if max_seqlen was too small.
-    for (int64 row = int64(kLateFirst ? blocks - 1 - block : block) * kBlockRows; row < size;
-         row += int64(blocks) * kBlockRows) {
-      on_block(s, int32(head), int32(row));
+    // More than one block of rows only if max_seqlen was too small; then neighbours, as those who take turns need.
+    const int32 passes = max_of(1, int32(ceil_div(size, int64(blocks) * kBlockRows)));
+    const int32 first = int32(kLateFirst ? blocks - 1 - block : block) * passes;
+    for (int32 i = first; i < first + passes && int64(i) * kBlockRows < size; ++i) {
+      on_block(s, int32(head), i * kBlockRows);
       __syncthreads();
     }
   } else {
     const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
     const uint32 row_blocks = uint32(ceil_div(rows, kThreads)), batch = (blockIdx.x - units) / row_blocks;
     const int64 row = int64((blockIdx.x - units) % row_blocks) * kThreads + threadIdx.x;
-    if (row < rows &&
-        outside_all_sequences<kBatchAxes>(p, kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv, batch, int32(row)))
-      on_stray(int64(batch), row);
+    const View& cu_seqlens = kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv;
+    const int32 begin = packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows);
+    const int32 end = packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(num_sequences), rows);
+    if (row < rows && (row < begin || row >= end)) on_stray(int64(batch), row);
   }
 }
 

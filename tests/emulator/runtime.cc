@@ -1,0 +1,221 @@
+// The emulated GPU's place in the process: what cpp/cuda/driver.cc and nvrtc.cc offer, with g++ as the compiler and the
+// CPU as the device, and handlers through which XLA's CPU client calls it. Linked with the rest of cpp/cuda and
+// cpp/ffi, unchanged.
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <deque>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "cuda/attention.h"
+#include "cuda/disk_cache.h"
+#include "cuda/jit.h"
+#include "cuda/nvrtc.h"
+#include "ffi/decode.h"
+
+namespace fs = std::filesystem;
+
+namespace flash::cuda {
+namespace {
+
+Arch emulated_arch;
+std::mutex mutex;  // one launch at a time: the state of an emulated GPU is global
+
+using Entry = const char* (*)(unsigned blocks, unsigned threads, unsigned bytes, const void* problem);
+
+// A way in for each entry point of a translation unit, and the shared memory that its kernels declare.
+std::string harness_of(const std::string& source) {
+  std::string text = "\nnamespace flash::sm80 {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
+  for (const Direction direction : {Direction::kFwd, Direction::kBwd})
+    for (const std::string& name : entry_points(direction))
+      if (source.find(name + "(const") != source.npos)
+        text +=
+            "extern \"C\" const char* emulated_" + name +
+            "(unsigned blocks, unsigned threads, unsigned bytes, const void* problem) {\n  return emulator::launch(" +
+            name + ", blocks, threads, bytes, flash::sm80::shared, sizeof flash::sm80::shared, problem);\n}\n";
+  return text;
+}
+
+}  // namespace
+
+std::string nvrtc_version() {
+  return EMULATOR_VERSION;
+}
+
+// The "cubin" is the name of a shared library in the cache.
+Compiled nvrtc_compile(const std::string& source, const std::map<std::string, std::string>& headers, const Arch&,
+                       const std::vector<std::string>&) {
+  fs::create_directories(cache_directory());
+  std::string folder = cache_directory() + "/kernel_XXXXXX";
+  if (!mkdtemp(folder.data())) throw Error(Error::Code::kInternal, "cannot write to " + cache_directory());
+  auto write = [&](const std::string& name, const std::string& text) {
+    const fs::path path = fs::path(folder) / name;
+    fs::create_directories(path.parent_path());
+    std::ofstream(path) << text;
+  };
+  // ptx.h stands for all of kernels/ptx.
+  for (const auto& [name, text] : headers) write(name, name.starts_with("kernels/ptx/") ? "#pragma once\n" : text);
+  write("kernel.cc", "#include \"ptx.h\"\n" + source + harness_of(source));
+  const std::string library = folder + ".so";
+  const std::string command =
+      "cd '" + folder + "' && " EMULATOR_COMPILER " -I. kernel.cc -o '" + library + "' > log 2>&1";
+  const bool done = std::system(command.c_str()) == 0;
+  std::ifstream log(folder + "/log");
+  const Compiled compiled = {done ? library : "", std::string(std::istreambuf_iterator<char>(log), {})};
+  fs::remove_all(folder);
+  return compiled;
+}
+
+const DriverApi& driver() {
+  static const DriverApi api = [] {
+    DriverApi api = {};
+    api.cuLibraryLoadData = [](Library* library, const void* name, int*, void**, unsigned, int*, void**, unsigned) {
+      *library = static_cast<Library>(dlopen(static_cast<const char*>(name), RTLD_NOW | RTLD_LOCAL));
+      return *library ? 0 : 1;
+    };
+    api.cuLibraryUnload = [](Library library) { return dlclose(library); };
+    api.cuLibraryGetKernel = [](Kernel* kernel, Library library, const char* name) {
+      *kernel = static_cast<Kernel>(dlsym(library, (std::string("emulated_") + name).c_str()));
+      return *kernel ? 0 : 1;
+    };
+    api.cuKernelSetAttribute = [](int, int, Kernel, int) { return 0; };
+    api.cuKernelGetFunction = [](Function* function, Kernel kernel) {
+      *function = reinterpret_cast<Function>(kernel);
+      return 0;
+    };
+    return api;
+  }();
+  return api;
+}
+
+void check_driver(int result, const char* name) {
+  if (result) throw Error(Error::Code::kInternal, std::string(name) + " failed");
+}
+
+std::vector<Arch> visible_archs() {
+  return {emulated_arch};
+}
+
+Arch arch_of(int32) {
+  return emulated_arch;
+}
+
+std::string name_of(const Arch& arch) {
+  return "emulated_" + std::to_string(arch.sm);
+}
+
+void set_zero(void* data, int64 bytes, Stream) {
+  std::memset(data, 0, size_t(bytes));
+}
+
+void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream, const void* params) {
+  if (grid_x == 0) return;
+  std::lock_guard lock(mutex);
+  if (const char* error = reinterpret_cast<Entry>(function)(unsigned(grid_x), threads, shared_bytes, params))
+    throw Error(Error::Code::kInternal, error);
+}
+
+}  // namespace flash::cuda
+
+namespace flash::ffi {
+namespace {
+
+// A copy of an operand (read-only) or result (poisoned) that ends where memory may not be touched. In front of it lies
+// more poison, and in front of that another such page.
+class GuardedBuffer {
+ public:
+  GuardedBuffer(const xf::AnyBuffer& buffer, bool is_result)
+      : original_(buffer.untyped_data()), size_(buffer.size_bytes()), is_result_(is_result) {
+    const size_t page = sysconf(_SC_PAGESIZE);
+    inner_ = (size_ + page - 1) / page * page + page;
+    outer_ = inner_ + 2 * page;
+    memory_ = static_cast<char*>(mmap(nullptr, outer_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    begin_ = memory_ + page;
+    mprotect(begin_, inner_, PROT_READ | PROT_WRITE);
+    std::memset(begin_, kPoison, inner_);
+    if (is_result_) return;
+    std::memcpy(data(), original_, size_);
+    mprotect(begin_, inner_, PROT_READ);
+  }
+  ~GuardedBuffer() { munmap(memory_, outer_); }
+  GuardedBuffer(const GuardedBuffer&) = delete;
+
+  const void* original() const { return original_; }
+  size_t size() const { return size_; }
+  char* data() const { return begin_ + inner_ - size_; }
+
+  void finish() const {
+    if (!is_result_) return;
+    for (const char* p = begin_; p < data(); ++p)
+      if (*p != kPoison) throw cuda::Error(cuda::Error::Code::kInternal, "writes in front of a result");
+    std::memcpy(original_, data(), size_);
+  }
+
+ private:
+  static constexpr char kPoison = char(0xFF);  // NaN in every format
+  void* original_;
+  size_t size_, inner_, outer_;
+  bool is_result_;
+  char *memory_, *begin_;
+};
+
+// Views have the addresses of XLA's buffers, and nothing else in a problem looks like one.
+template <class Problem>
+void redirect(Problem& problem, const GuardedBuffer& buffer) {
+  char* bytes = reinterpret_cast<char*>(&problem);
+  for (size_t at = 0; at < sizeof problem; at += sizeof(void*)) {
+    void* word;
+    std::memcpy(&word, bytes + at, sizeof word);
+    if (word != buffer.original()) continue;
+    word = buffer.data();
+    std::memcpy(bytes + at, &word, sizeof word);
+  }
+}
+
+template <auto decode>
+xf::Error execute(Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
+  auto problem = decode(attrs, args, rets);
+  if (problem.has_error()) return problem.error();
+  try {
+    std::deque<GuardedBuffer> buffers;
+    for (size_t i = 0; i < args.size(); ++i) buffers.emplace_back(*args.get<xf::AnyBuffer>(i), false);
+    for (size_t i = 0; i < rets.size(); ++i) buffers.emplace_back(**rets.get<xf::AnyBuffer>(i), true);
+    // An empty buffer may have the address of another.
+    std::map<const void*, const GuardedBuffer*> largest;
+    for (const GuardedBuffer& buffer : buffers)
+      if (const GuardedBuffer*& known = largest[buffer.original()]; !known || known->size() < buffer.size())
+        known = &buffer;
+    for (const auto& [original, buffer] : largest)
+      if (original) redirect(*problem, *buffer);
+    cuda::launch(*problem, 0, nullptr);
+    for (const GuardedBuffer& buffer : buffers) buffer.finish();
+    return xf::Error::Success();
+  } catch (const std::exception& error) {
+    return xf::Error(xf::ErrorCode::kInternal, std::string("emulated GPU: ") + error.what());
+  }
+}
+
+auto binding() {
+  return xf::Ffi::Bind().Attrs<Attrs>().RemainingArgs().RemainingRets();
+}
+
+}  // namespace
+}  // namespace flash::ffi
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_fwd, flash::ffi::execute<flash::ffi::decode_fwd>, flash::ffi::binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_bwd, flash::ffi::execute<flash::ffi::decode_bwd>, flash::ffi::binding());
+
+// Chooses the architecture that is emulated. The first call also settles the cache's folder.
+extern "C" void emulate(int sm, long long max_shared_bytes) {
+  flash::cuda::cache_directory();
+  flash::cuda::emulated_arch = {sm, max_shared_bytes};
+}
