@@ -369,6 +369,7 @@ KERNELS = {
     "nothing waited for": (LOAD + "ptx::cp_async_commit();" + BARRIER + STORE, "NaN"),
     "too little waited for": (LOAD + "ptx::cp_async_commit(); ptx::cp_async_wait<1>();" + BARRIER + STORE, "NaN"),
     "nothing committed": (LOAD + "ptx::cp_async_wait<0>();" + BARRIER + STORE, "never committed"),
+    "overwritten": (LOAD + "ptx::st_shared(at, 0);", "a cp.async is under way"),
     "no barrier": (LOAD + WAIT + STORE, "NaN"),
     "nothing loaded": (STORE, "NaN"),
     "loaded into what others read": (LOAD + WAIT + BARRIER + STORE + LOAD + BARRIER + WAIT, "NaN"),

@@ -80,6 +80,7 @@ inline Fiber* current;
 inline Index block;
 inline char* shared_memory;
 inline unsigned shared_bytes;
+inline std::vector<bool> in_flight;  // by word of shared memory: whether a cp.async is to write it
 inline void (*run_kernel)();
 inline jmp_buf scheduler, aborted;
 inline char error[512];
@@ -116,6 +117,7 @@ inline void finish_copies(int pending) {
     if (copy.group >= current->open_group - pending) return false;
     memset(copy.target, 0, copy.bytes);
     memcpy(copy.target, copy.source, copy.source_bytes);
+    for (int i = 0; i < copy.bytes; i += 4) in_flight[(copy.target - shared_memory + i) / 4] = false;
     return true;
   });
 }
@@ -160,11 +162,14 @@ inline char* shared_at(unsigned address, unsigned bytes) {
   const unsigned offset = address - kSharedBase;
   if (address < kSharedBase || offset + bytes > shared_bytes) fail("shared memory ends before byte %u", offset + bytes);
   if (offset % bytes) fail("%u bytes at byte %u of shared memory are not aligned", bytes, offset);
+  for (unsigned i = offset; i < offset + bytes; i += 4)
+    if (in_flight[i / 4]) fail("touches byte %u of shared memory, to which a cp.async is under way", i);
   return shared_memory + offset;
 }
 
 inline void run_block() {
   memset(shared_memory, kPoison, shared_bytes + kSharedMargin);
+  in_flight.assign(shared_bytes / 4, false);
   spins = 0;
   warps.assign(fibers.size() / kLanes, {});
   for (unsigned i = 0; i < fibers.size(); ++i) {

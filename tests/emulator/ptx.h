@@ -81,6 +81,7 @@ inline void cp_async(uint32 shared, const void* global, int32 bytes, int32 sourc
   if (source_bytes && reinterpret_cast<uint64>(global) % bytes)
     emulator::fail("cp.async from %p is not aligned", global);
   memset(target, emulator::kPoison, bytes);
+  for (int32 i = 0; i < bytes; i += 4) emulator::in_flight[(target - emulator::shared_memory + i) / 4] = true;
   thread.copies.push_back({thread.open_group, target, global, bytes, source_bytes});
 }
 
