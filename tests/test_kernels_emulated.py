@@ -198,6 +198,7 @@ CASES = {
     "64": {},
     "64 float16 bottom": {"dtype": F16, "T": 300, "S": 333, **BOTTOM},
     "64 rows without keys": {"T": 300, "S": 130, **BOTTOM},
+    "64 keys that no row sees": {"T": 70, "S": 300, **TOP},
     "64 one query": {"T": 1, "S": 129, **BOTTOM},
     "no keys": {"S": 0},
     "32": {"H": 32, "sm": 86, **TOP},
@@ -339,7 +340,7 @@ def test_bad_offsets(rng, emulated, offsets_q, offsets_kv, longest):
 
 @pytest.mark.parametrize("dim, page_size, seqlen_q", [(64, 16, 3), (128, 1, 1), (256, 48, 70), (40, 7, 20)])
 def test_paged(rng, emulated, dim, page_size, seqlen_q):
-    """What the table says past a length is not even a page."""
+    """What the table says past a length need not be a page, and nothing that it says leads outside of the pages."""
     pages = 2 + 100 // page_size
     table = rng.integers(0, pages - 1, 2, pages)
     lengths = ints(100, 33)
@@ -352,6 +353,8 @@ def test_paged(rng, emulated, dim, page_size, seqlen_q):
 
     with emulated():
         results = jax.block_until_ready([attend(q, k, v, garbage) for garbage in (2**31 - 1, -5)])
+        for garbage in (2**31 - 1, -5):
+            jax.block_until_ready(paged_attention(q, k, v, jnp.full_like(table, garbage), lengths))
     expected = attend(*wide((q, k, v)), 0)
     for out, lse in results:
         np.testing.assert_allclose(lse, expected[1], rtol=1e-4, atol=1e-3)
