@@ -35,8 +35,8 @@ def flash_attention_varlen(
 
     Sequence b has the queries ``cu_seqlens_q[b] .. cu_seqlens_q[b + 1]`` and the keys ``cu_seqlens_kv[b] ..
     cu_seqlens_kv[b + 1]``; either may be empty. Alignment, window and ALiBi go by each sequence's own lengths. Rows
-    outside of all sequences give output 0, lse -inf and gradients 0. Offsets are clamped to the arrays; where they
-    decrease, results are unspecified, but nothing outside of the arrays is accessed.
+    outside of all sequences give output 0, lse -inf and gradients 0. Offsets are clamped to the arrays, and one
+    that is below an earlier one counts as equal to the greatest so far.
 
     Args:
       query: ``[total_q, N, H]``, of the dtypes of ``flash_attention``.
@@ -44,8 +44,8 @@ def flash_attention_varlen(
       value: ``[total_kv, K, D]``.
       cu_seqlens_q: int32 ``[B + 1]``, offsets of the sequences' first queries; may be traced.
       cu_seqlens_kv: int32 ``[B + 1]``, likewise for keys.
-      max_seqlen_q: Python int, at least the longest query sequence. Sets the launch size on GPUs; a sequence that is
-        longer than stated has unspecified results.
+      max_seqlen_q: Python int, at least the longest query sequence. Sets the launch size on GPUs, where a sequence
+        that is longer than stated comes out right, but slowly.
       max_seqlen_kv: likewise for keys.
       seqused_kv: int32 ``[B]``; only so many keys of each sequence are used. The rest may hold anything, even NaN, and
         gets gradient 0.
