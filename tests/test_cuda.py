@@ -703,7 +703,7 @@ def test_out_of_range_offsets(rng, offsets_q, offsets_kv):
 
 @pytest.mark.parametrize("max_q, max_kv", [(1, 1), (0, 0), (64, 700), (700, 64), (130, 130)])
 def test_sequences_longer_than_stated(rng, max_q, max_kv):
-    """Their results are unspecified, but the call ends, and harms nothing."""
+    """They come out right all the same, of fewer thread blocks."""
     arrays = rng.qkv((), 700, 700, 4, 2, 64, dtype=BF16)
     offsets = ints(0, 600, 700)
     call = functools.partial(flash_attention_varlen, is_causal=True, deterministic=True, return_lse=True)
@@ -713,9 +713,7 @@ def test_sequences_longer_than_stated(rng, max_q, max_kv):
         options = {"max_seqlen_q": max_q, "max_seqlen_kv": max_kv}
         return with_gradients(lambda *qkv: call(*qkv, offsets, offsets, **options))(arrays, cotangents)
 
-    before = run(600, 600)
-    jax.block_until_ready(run(max_q, max_kv))
-    assert_equal(run(600, 600), before)
+    assert_equal(run(max_q, max_kv), run(600, 600))
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 100])
