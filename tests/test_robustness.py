@@ -422,7 +422,13 @@ PACKED = (
 BACKWARD = (
     "jax_flash_bwd",
     {**DENSE[1], "out": ones(2, T, N, H), "lse": ones(2, N, T), "d_out": ones(2, T, N, H), "d_lse": ones(2, N, T)},
-    {"query": ((2, T, N, H), F32), "key": ((2, S, K, H), F32), "value": ((2, S, K, H), F32), "delta": ((2, N, T), F32)},
+    {
+        "query": ((2, T, N, H), F32),
+        "key": ((2, S, K, H), F32),
+        "value": ((2, S, K, H), F32),
+        "delta": ((2, N, T), F32),
+        "dq_accum": ((2, N, T // 16 + 1, 16 * -(-H // 8) * 8), F32),
+    },
 )
 
 # The call, what is wrong with its operands, results and attributes, and what the error must name.
@@ -483,7 +489,10 @@ MISUSE = [
     (BACKWARD, {"d_out": ABSENT}, {}, {}, "d_out is missing"),
     (BACKWARD, {"lse": ones(2, T, N)}, {}, {}, "lse has size 4"),
     (BACKWARD, {}, {"key": ((2, S, N, H), F32)}, {}, "dk has size 4 on axis 2, expected 2"),
-    (BACKWARD, {}, {"delta": ABSENT}, {}, "delta is not among the results"),
+    (BACKWARD, {}, {"delta": ABSENT, "dq_accum": ABSENT}, {}, "delta is not among the results"),
+    (BACKWARD, {}, {"dq_accum": ABSENT}, {}, "dq_accum is not among the results"),
+    (BACKWARD, {}, {"dq_accum": ((2, N, T // 16, 128), F32)}, {}, "dq_accum has size"),
+    (BACKWARD, {}, {}, {"deterministic": True}, "tickets is not among the results"),
     (BACKWARD, {"bias": ones(1, 1, 1, 1)}, {}, {}, "dbias must be a float32 result"),
     (
         BACKWARD,
