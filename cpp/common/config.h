@@ -74,6 +74,11 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("min_blocks", c.min_blocks);
 }
 
+// Thread blocks of the backward's pre- and postprocess kernels, and the rows of queries that each looks after.
+inline constexpr int32 kRowKernelThreads = 128;
+inline constexpr int32 kRowKernelRows = 64;
+
+// Threads of the main kernel.
 static constexpr int32 num_threads(const KernelConfig& c) {
   return 32 * c.num_warps;
 }

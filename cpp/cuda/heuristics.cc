@@ -1,7 +1,5 @@
 #include "cuda/heuristics.h"
 
-#include <string>
-
 namespace flash::cuda {
 namespace {
 

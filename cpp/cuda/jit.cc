@@ -198,9 +198,9 @@ std::string source_of(const KernelConfig& config) {
   const std::string bounds = "flash::num_threads(kConfig), kConfig.min_blocks";
   const std::vector<std::string> names = entry_points(config.direction);
   if (fwd) return text + entry_point(names[0], bounds, "FwdProblem", "sm80::fwd");
-  return text + entry_point(names[0], "128", "BwdProblem", "bwd_preprocess") +
+  return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") +
          entry_point(names[1], bounds, "BwdProblem", "sm80::bwd") +
-         entry_point(names[2], "128", "BwdProblem", "bwd_postprocess");
+         entry_point(names[2], "flash::kRowKernelThreads", "BwdProblem", "bwd_postprocess");
 }
 
 const std::vector<std::string>& compile_options() {

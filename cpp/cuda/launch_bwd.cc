@@ -5,12 +5,6 @@
 #include "cuda/jit.h"
 
 namespace flash::cuda {
-namespace {
-
-constexpr int32 kRowsPerBlock = 64;  // of kernels/bwd_preprocess.cuh and kernels/bwd_postprocess.cuh
-constexpr int32 kThreadsPerBlock = 128;
-
-}  // namespace
 
 void compile(const BwdProblem& problem) {
   const KernelConfig facts = facts_of(with_few_batch_axes(problem));
@@ -29,13 +23,13 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   set_zero(p.dq_accum.data, 4 * p.dq_accum_elements, stream);
   if (p.tickets.data) set_zero(p.tickets.data, 4 * rows, stream);
   if (p.dbias.data) set_zero(p.dbias.data, 4 * p.dbias_elements, stream);
-  launch(kernels.entry[0], ceil_div(rows, kRowsPerBlock), kThreadsPerBlock, 0, stream, &p);
+  launch(kernels.entry[0], ceil_div(rows, kRowKernelRows), kRowKernelThreads, 0, stream, &p);
   int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
   if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, num_threads(c)) * entries;
   launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &p);
-  blocks = ceil_div(p.max_seqlen_q, kRowsPerBlock) * p.num_heads * p.num_sequences * entries;
-  if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, kThreadsPerBlock) * entries;
-  launch(kernels.entry[2], blocks, kThreadsPerBlock, 0, stream, &p);
+  blocks = ceil_div(p.max_seqlen_q, kRowKernelRows) * p.num_heads * p.num_sequences * entries;
+  if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, kRowKernelThreads) * entries;
+  launch(kernels.entry[2], blocks, kRowKernelThreads, 0, stream, &p);
 }
 
 }  // namespace flash::cuda

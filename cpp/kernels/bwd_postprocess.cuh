@@ -8,16 +8,14 @@
 
 namespace flash {
 
-inline constexpr int32 kPostprocessRows = 64;  // per thread block of 128 threads; the launch counts on it
-
 template <KernelConfig kC>
 __forceinline__ void bwd_postprocess(const BwdProblem& p) {
-  constexpr int32 kAxes = kC.num_batch_axes, kThreads = 128;
+  constexpr int32 kAxes = kC.num_batch_axes;
   const int32 head_dim = int32(p.head_dim), tiles = (head_dim + 7) / 8;
   const float scale = p.options.scale;
   auto on_block = [&](const Sequence& s, int32 head, int32 row) {
     // A thread has 8 columns of a row and of the eighth row below it, which lie side by side in dq_accum.
-    for (int32 item = threadIdx.x; item < kPostprocessRows / 2 * tiles; item += kThreads) {
+    for (int32 item = threadIdx.x; item < kRowKernelRows / 2 * tiles; item += kRowKernelThreads) {
       const int32 block_row = row + item / (8 * tiles) * kAccumRows, tile = item / 8 % tiles, r = item % 8;
       if (block_row >= s.q.size) break;
       const float4* sums =
@@ -47,12 +45,10 @@ __forceinline__ void bwd_postprocess(const BwdProblem& p) {
       }
     }
   };
-  for_each_block<kAxes, Side::kQueries, kPostprocessRows, kThreads, false>(p, on_block, [&](int64 batch, int64 row) {
-    for (int64 head = 0; head < p.num_heads; ++head) {
-      uint16* dq = address_of<uint16, kAxes>(p, p.dq, batch, head, row);
-      for (int64 c = 0; c < head_dim; ++c) dq[c] = 0;
-    }
-  });
+  for_each_block<kAxes, Side::kQueries, kRowKernelRows, kRowKernelThreads, false>(
+      p, on_block, [&](int64 batch, int64 row) {
+        for (int64 head = 0; head < p.num_heads; ++head) zero_row<kAxes>(p, p.dq, batch, head, row, head_dim);
+      });
 }
 
 }  // namespace flash

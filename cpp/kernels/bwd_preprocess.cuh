@@ -8,8 +8,6 @@
 
 namespace flash {
 
-inline constexpr int32 kPreprocessRows = 64;  // per thread block of 128 threads; the launch counts on it
-
 // Eight threads share a row; rows are those of o in memory, [batch, row, head].
 template <KernelConfig kC>
 __forceinline__ void bwd_preprocess(const BwdProblem& p) {
@@ -17,8 +15,8 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
   const int64 total = num_batch_entries(p) * p.seqlen_q * p.num_heads;
   const int32 part = threadIdx.x % 8;
 #pragma unroll
-  for (int32 pass = 0; pass < kPreprocessRows; pass += 16) {
-    const int64 index = int64(blockIdx.x) * kPreprocessRows + pass + threadIdx.x / 8;
+  for (int32 pass = 0; pass < kRowKernelRows; pass += kRowKernelThreads / 8) {
+    const int64 index = int64(blockIdx.x) * kRowKernelRows + pass + threadIdx.x / 8;
     const bool inside = index < total;
     const int64 head = index % p.num_heads, row = index / p.num_heads % p.seqlen_q,
                 batch = index / p.num_heads / p.seqlen_q;

@@ -378,10 +378,8 @@ __forceinline__ void bwd(const BwdProblem& p) {
       p, [&](const Sequence& s, int32 head, int32 row) { BwdBlock<kC>::run(p, shared, s, head, row); },
       [&](int64 batch, int64 row) {
         for (int64 head = 0; head < p.num_heads_kv; ++head) {
-          uint16* dk = address_of<uint16, kAxes>(p, p.dk, batch, head, row);
-          uint16* dv = address_of<uint16, kAxes>(p, p.dv, batch, head, row);
-          for (int64 c = 0; c < p.head_dim; ++c) dk[c] = 0;
-          for (int64 c = 0; c < p.head_dim_v; ++c) dv[c] = 0;
+          zero_row<kAxes>(p, p.dk, batch, head, row, p.head_dim);
+          zero_row<kAxes>(p, p.dv, batch, head, row, p.head_dim_v);
         }
       });
 }

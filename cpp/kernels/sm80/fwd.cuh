@@ -228,8 +228,7 @@ __forceinline__ void fwd(const FwdProblem& p) {
       p, [&](const Sequence& s, int32 head, int32 row) { FwdBlock<kC>::run(p, shared, s, head, row); },
       [&](int64 batch, int64 row) {
         for (int64 head = 0; head < p.num_heads; ++head) {
-          uint16* o = address_of<uint16, kAxes>(p, p.o, batch, head, row);
-          for (int64 c = 0; c < p.head_dim_v; ++c) o[c] = 0;
+          zero_row<kAxes>(p, p.o, batch, head, row, p.head_dim_v);
           *address_of<float, kAxes>(p, p.lse, batch, head, row) = -kInfinity;
         }
       });

@@ -29,6 +29,13 @@ __forceinline__ T* address_of(const Problem& p, const View& view, int64 batch, i
          row * view.row_stride;
 }
 
+// Zeros a row of 16-bit elements, in one thread.
+template <int32 kBatchAxes>
+__forceinline__ void zero_row(const Problem& p, const View& view, int64 batch, int64 head, int64 row, int64 cols) {
+  uint16* x = address_of<uint16, kBatchAxes>(p, view, batch, head, row);
+  for (int64 c = 0; c < cols; ++c) x[c] = 0;
+}
+
 // Rows of one sequence inside its batch entry: its slot, of which the first `used` take part.
 struct Slot {
   int32 begin;
@@ -52,7 +59,8 @@ __forceinline__ Slot slot_of(const Problem& p, const View& cu_seqlens, const Vie
   Slot slot = {0, int32(rows), int32(rows)};
   if (cu_seqlens.data) {
     slot.begin = packed_offset<kBatchAxes>(p, cu_seqlens, batch, index, rows);
-    slot.size = packed_offset<kBatchAxes>(p, cu_seqlens, batch, index + 1, rows) - slot.begin;
+    const int32 next = address_of<const int32, kBatchAxes>(p, cu_seqlens, batch, 0, index)[1];
+    slot.size = clamp_to<int32>(next, slot.begin, int32(rows)) - slot.begin;
     slot.used = slot.size;
   }
   if (lens.data)
