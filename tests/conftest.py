@@ -146,3 +146,47 @@ def assert_close(actual, expected, tolerance: float = 2e-5, gpu_tolerance: float
 def assert_equal(actual, expected) -> None:
     """Trees of arrays equal bit by bit."""
     jax.tree.map(lambda a, e: np.testing.assert_array_equal(np.asarray(a), np.asarray(e)), actual, expected)
+
+
+# ---- kernels in 16 bits against the CPU's implementation in float32 ----
+
+
+def ints(*values) -> jax.Array:
+    return jnp.array(values, jnp.int32)
+
+
+def with_gradients(call, compiler_options=None):
+    """Jitted ``(arrays, cotangents) -> ((out, lse), gradients of all arrays)`` of ``call(*arrays)``."""
+
+    def run(arrays, cotangents):
+        results, vjp = jax.vjp(call, *arrays)
+        # lse is -inf in rows that see no key: there its cotangent has nothing to act on.
+        d_out, d_lse = (c.astype(r.dtype) for c, r in zip(cotangents, results, strict=True))
+        return results, vjp((d_out, jnp.where(jnp.isneginf(results[1]), 0, d_lse)))
+
+    return jax.jit(run, compiler_options=compiler_options)
+
+
+def cotangents_of(rng, q, v):
+    """Of out and lse, for query [..., T, N, H] and value [..., S, K, D]."""
+    return rng.normal(*q.shape[:-1], v.shape[-1], dtype=q.dtype), rng.normal(*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
+def wide(tree):
+    """16-bit values as float32, which is what the CPU computes the oracle from."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, tree)
+
+
+def assert_near(actual, expected, dtype, factor: float = 1.0) -> None:
+    """Twice the error that plain arithmetic in ``dtype`` makes: 0.6 to 0.9 eps of root mean square, 2 eps at most."""
+    eps = factor * float(jnp.finfo(dtype).eps)
+    for i, (x, e) in enumerate(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)):
+        x, e = np.asarray(x, np.float32), np.asarray(e, np.float32)
+        assert x.shape == e.shape
+        assert not np.isnan(x).any(), f"array {i} has NaN"
+        if x.size:
+            error = np.abs(x - e)
+            assert error.max() <= 4 * eps * np.abs(e).max() + 1e-6, (
+                f"array {i} at {np.argwhere(error == error.max())[0]}"
+            )
+            assert np.sqrt(np.mean(error**2)) <= 1.5 * eps * np.sqrt(np.mean(e**2)) + 1e-6, f"array {i}"

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_equal
+from conftest import assert_equal, assert_near, cotangents_of, ints, wide, with_gradients
 
 from jax_flash import _ffi, flash_api, flash_attention, flash_attention_varlen, paged_attention
 
@@ -124,49 +124,15 @@ def emulated(runtime, monkeypatch):
 # ---- Comparison ----
 
 
-def ints(*values) -> jax.Array:
-    return jnp.array(values, jnp.int32)
-
-
-def with_gradients(call, arrays, cotangents):
-    """(out, lse) and the gradients of all arrays."""
-
-    def run(arrays, cotangents):
-        results, vjp = jax.vjp(call, *arrays)
-        d_out, d_lse = (c.astype(r.dtype) for c, r in zip(cotangents, results, strict=True))
-        return results, vjp((d_out, jnp.where(jnp.isneginf(results[1]), 0, d_lse)))
-
-    return jax.block_until_ready(jax.jit(run)(arrays, cotangents))
-
-
-def cotangents_of(rng, q, v):
-    """Of out and lse, for query [..., T, N, H] and value [..., S, K, D]."""
-    return rng.normal(*q.shape[:-1], v.shape[-1], dtype=q.dtype), rng.normal(*q.shape[:-3], q.shape[-2], q.shape[-3])
-
-
-def wide(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (BF16, F16) else x, tree)
-
-
-def assert_near(actual, expected, dtype, factor: float = 1.0) -> None:
-    """Twice the error that plain arithmetic in ``dtype`` makes: 0.6 to 0.9 eps of root mean square, 2 eps at most."""
-    eps = factor * float(jnp.finfo(dtype).eps)
-    for i, (x, e) in enumerate(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)):
-        x, e = np.asarray(x, np.float32), np.asarray(e, np.float32)
-        assert x.shape == e.shape
-        assert not np.isnan(x).any(), f"array {i} has NaN"
-        if x.size:
-            error = np.abs(x - e)
-            assert error.max() <= 4 * eps * np.abs(e).max() + 1e-6, (
-                f"array {i} at {np.argwhere(error == error.max())[0]}"
-            )
-            assert np.sqrt(np.mean(error**2)) <= 1.5 * eps * np.sqrt(np.mean(e**2)) + 1e-6, f"array {i}"
+def results_of(call, arrays, cotangents):
+    """(out, lse) and the gradients of all arrays, waited for while the emulated GPU is there."""
+    return jax.block_until_ready(with_gradients(call)(arrays, cotangents))
 
 
 def compare(emulated, call, arrays, cotangents, sm=90, factor: float = 1.0):
     with emulated(sm):
-        actual = with_gradients(call, arrays, cotangents)
-    expected = with_gradients(call, wide(arrays), wide(cotangents))
+        actual = results_of(call, arrays, cotangents)
+    expected = results_of(call, wide(arrays), wide(cotangents))
     np.testing.assert_allclose(actual[0][1], expected[0][1], rtol=1e-4, atol=1e-3)
     assert_near((actual[0][0], actual[1]), (expected[0][0], expected[1]), arrays[0].dtype, factor)
     return actual
@@ -335,7 +301,7 @@ def test_bad_offsets(rng, emulated, offsets_q, offsets_kv, longest):
     for options in ({}, {"is_causal": True, "deterministic": True}):
         call, arrays, cotangents = packed(rng, offsets_q, offsets_kv, 64, longest, **options)
         with emulated():
-            with_gradients(call, arrays, cotangents)
+            results_of(call, arrays, cotangents)
 
 
 @pytest.mark.parametrize("dim, page_size, seqlen_q", [(64, 16, 3), (128, 1, 1), (256, 48, 70), (40, 7, 20)])
