@@ -116,13 +116,13 @@ CASES += [
 # for the epilogue), and a few inside whose latency the products hide. Bytes of loads or stores in all of a kernel, by
 # feature, as measured with NVRTC 13.5 and with some slack, as compilers differ:
 SPILLED_BYTES = {
-    "all": 1200,  # the most pointers and strides
+    "all": 1400,  # the most pointers and strides
     # Addresses and elements of many scores are at hand at once.
-    "bias float32": 550,
-    "bias of queries": 550,
-    "mask": 550,
+    "bias float32": 600,
+    "bias of queries": 600,
+    "mask": 600,
 }
-OTHER_SPILLED_BYTES = 450  # 376, most of it loads in front of the main loop
+OTHER_SPILLED_BYTES = 520  # 456, most of it loads in front of the main loop
 # Of the instructions in a step of the main loop, those that load or store what was spilled: 1.9 %, mostly below 1 %.
 SHARE_IN_STEP = 0.025
 
