@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <initializer_list>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -105,6 +106,15 @@ NB_MODULE(_core, m) {
         return fields_of(flash::cuda::configure(config_from(facts), flash::cuda::arch_from_name(arch)));
       },
       nb::arg("facts"), nb::arg("arch"), "The KernelConfig, by field name, that serves the facts of a call.");
+  m.def(
+      "override_config",
+      [](const nb::dict& fields) {
+        fields_of(config_from(fields));  // which refuses unknown names
+        std::map<std::string, flash::int32> values;
+        for (const auto& [name, value] : fields) values[nb::cast<std::string>(name)] = nb::cast<int>(value);
+        flash::cuda::override_config(values);
+      },
+      nb::arg("fields"), "For tests and measurements: fields that configure() takes in place of its choice.");
   m.def(
       "kernel_source", [](const nb::dict& config) { return flash::cuda::source_of(config_from(config)); },
       nb::arg("config"), "What is compiled for a KernelConfig.");

@@ -105,11 +105,13 @@ def forward_axes(attrs: Attrs, operands: tuple[str, ...]) -> dict[str, str]:
     return results
 
 
-def scratch_axes(attrs: Attrs) -> dict[str, str]:
-    """Scratch arrays of the backward call's CUDA kernels, behind its results; BwdProblem in C++ has their meaning.
+def forward_scratch_axes() -> dict[str, str]:
+    """Scratch arrays of the forward call's CUDA kernels, behind its results; FwdProblem in C++ has their meaning."""
+    return {"next_unit": ""}
 
-    U is the number of 16-row blocks of dq_accum, F that of floats in one.
-    """
+
+def backward_scratch_axes(attrs: Attrs) -> dict[str, str]:
+    """Likewise of the backward call. U is the number of 16-row blocks of dq_accum, F that of floats in one."""
     return {"dq_accum": "NUF"} | ({"tickets": "NT"} if attrs.deterministic else {})
 
 

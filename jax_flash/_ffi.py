@@ -20,10 +20,11 @@ from jax_flash._attrs import (
     OPERANDS,
     Attrs,
     backward_axes,
+    backward_scratch_axes,
     ffi_attributes,
     forward_axes,
+    forward_scratch_axes,
     operand_axes,
-    scratch_axes,
 )
 
 try:
@@ -87,10 +88,10 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
         if name == "bias":
             return compat.result_type(operands["bias"].shape, jnp.float32, operands)
         float32 = name in ("lse", "delta", "probs", "dq_accum")
-        dtype = jnp.float32 if float32 else jnp.int32 if name == "tickets" else query.dtype
+        dtype = jnp.float32 if float32 else jnp.int32 if name in ("next_unit", "tickets") else query.dtype
         return compat.result_type((*batch, *(sizes[a] for a in axes)), dtype, operands)
 
-    scratch = scratch_axes(attrs) if target == BACKWARD_TARGET else {}
+    scratch = backward_scratch_axes(attrs) if target == BACKWARD_TARGET else forward_scratch_axes()
     return {name: result_type(name, axes) for name, axes in (_result_axes(target, attrs, names) | scratch).items()}
 
 

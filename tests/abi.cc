@@ -1,4 +1,5 @@
 // Holds the declarations of cpp/cuda/api.h to NVIDIA's headers. Compiled, never run: see test_abi.py.
+#include "common/problem.h"
 #include "cuda/api.h"
 
 #include <cuda.h>
@@ -42,4 +43,12 @@ SAME(kComputeCapabilityMinor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
 SAME(kMultiprocessorCount, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
 SAME(kMaxDynamicSharedSizeBytes, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
 SAME(kErrorCompilation, NVRTC_ERROR_COMPILATION);
+SAME(kTensorMapBf16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
+SAME(kTensorMapF16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
+SAME(kTensorMapNoInterleave, CU_TENSOR_MAP_INTERLEAVE_NONE);
+SAME(kTensorMapSwizzle64, CU_TENSOR_MAP_SWIZZLE_64B);
+SAME(kTensorMapSwizzle128, CU_TENSOR_MAP_SWIZZLE_128B);
+SAME(kTensorMapPromoteL2To256, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+SAME(kTensorMapFillZeros, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+static_assert(sizeof(flash::TensorMap) == sizeof(CUtensorMap) && alignof(flash::TensorMap) >= alignof(CUtensorMap));
 static_assert(sizeof(flash::cuda::DevicePointer) == sizeof(CUdeviceptr));

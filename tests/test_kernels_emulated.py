@@ -40,11 +40,15 @@ KERNEL_FLAGS = (
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
 )
 HOST_FILES = [
-    *(f"cuda/{name}.cc" for name in ("batch_axes", "disk_cache", "heuristics", "jit", "launch_bwd", "launch_fwd")),
+    *(
+        f"cuda/{name}.cc"
+        for name in ("batch_axes", "disk_cache", "heuristics", "jit", "launch_bwd", "launch_fwd", "tensor_map")
+    ),
     "ffi/decode.cc",
 ]
 # Shared memory, as cpp/cuda/driver.cc knows it: of the largest and of the smallest GPUs.
 ARCHS = {90: 232448, 86: 101376}
+PORTABLE, HOPPER = 0, 1  # families of kernels
 BF16, F16 = jnp.bfloat16, jnp.float16
 
 
@@ -94,10 +98,21 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
         defines = [f'-DEMULATOR_VERSION="{version}"', f'-DEMULATOR_COMPILER="{kernel_compiler}"']
         files = [str(EMULATOR / "runtime.cc"), *(str(ROOT / "cpp" / name) for name in HOST_FILES)]
         compile_library(
-            library, [*FLAGS.split(), *defines, f"-I{ROOT / 'cpp'}", "-isystem", jax.ffi.include_dir(), *files, "-ldl"]
+            library,
+            [
+                *FLAGS.split(),
+                *defines,
+                f"-I{ROOT / 'cpp'}",
+                f"-I{EMULATOR}",
+                "-isystem",
+                jax.ffi.include_dir(),
+                *files,
+                "-ldl",
+            ],
         )
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.argtypes = [ctypes.c_int, ctypes.c_longlong]
+    loaded.emulate_family.argtypes = [ctypes.c_int]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_FLASH_CACHE_DIR", str(folder / "kernels"))
         loaded.emulate(90, ARCHS[90])
@@ -108,11 +123,12 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture
 def emulated(runtime, monkeypatch):
-    """``emulated(sm=90)``: a context in which attention that is traced, and run, goes to the emulated GPU."""
+    """``emulated(sm=90, family)``: a context in which attention that is traced, and run, goes to the emulated GPU."""
 
     @contextlib.contextmanager
-    def context(sm: int = 90):
+    def context(sm: int = 90, family: int = PORTABLE):
         runtime.emulate(sm, ARCHS[sm])
+        runtime.emulate_family(family)
         with monkeypatch.context() as patch:
             patch.setattr(_ffi, "FORWARD_TARGET", "emulated_fwd")
             patch.setattr(_ffi, "BACKWARD_TARGET", "emulated_bwd")
@@ -129,8 +145,8 @@ def results_of(call, arrays, cotangents):
     return jax.block_until_ready(with_gradients(call)(arrays, cotangents))
 
 
-def compare(emulated, call, arrays, cotangents, sm=90, factor: float = 1.0):
-    with emulated(sm):
+def compare(emulated, call, arrays, cotangents, sm=90, factor: float = 1.0, family=PORTABLE):
+    with emulated(sm, family):
         actual = results_of(call, arrays, cotangents)
     expected = results_of(call, wide(arrays), wide(cotangents))
     np.testing.assert_allclose(actual[0][1], expected[0][1], rtol=1e-4, atol=1e-3)
@@ -211,13 +227,21 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_dense(rng, emulated, case):
+def check_dense(rng, emulated, case, family):
     shape = {"T": 150, "S": 200, "N": 4, "K": 2, "H": 64, "dtype": BF16, "sm": 90, "factor": 1}
     options = {name: x(rng) if callable(x) else x for name, x in CASES[case].items() if name not in {*shape, "D"}}
     shape |= {name: x for name, x in CASES[case].items() if name in {*shape, "D"}}
     T, S, dtype = shape["T"], shape["S"], shape["dtype"]
     q, k, v = rng.qkv(2, T, S, shape["N"], shape["K"], shape["H"], shape.get("D"), dtype=dtype)
+    d_out, d_lse = cotangents_of(rng, q, v)
+    if (
+        options.get("is_causal")
+        and options.get("causal_alignment") != "top_left"
+        and T > S > 0
+        and "sinks" not in options
+    ):
+        # Rows that see no key have no gradient, whatever theirs is.
+        d_out, q = d_out.at[:, : T - S].set(jnp.nan), q.at[:, : T - S].set(jnp.nan)
     # What lies behind the lengths must reach nothing.
     for b, length in enumerate(options.get("key_value_seq_lengths", ())):
         k, v = k.at[b, length:].set(jnp.nan), v.at[b, length:].set(jnp.nan)
@@ -229,7 +253,17 @@ def test_dense(rng, emulated, case):
     def call(q, k, v, *rest):
         return flash_attention(q, k, v, **dict(zip(more, rest, strict=True)), **options, return_lse=True)
 
-    compare(emulated, call, arrays, cotangents_of(rng, q, v), shape["sm"], shape["factor"])
+    compare(emulated, call, arrays, (d_out, d_lse), shape["sm"], shape["factor"], family)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dense(rng, emulated, case):
+    check_dense(rng, emulated, case, PORTABLE)
+
+
+@pytest.mark.parametrize("case", [name for name, x in CASES.items() if x.get("sm", 90) == 90])
+def test_dense_on_hopper(rng, emulated, case):
+    check_dense(rng, emulated, case, HOPPER)
 
 
 def test_vmap(rng, emulated):

@@ -412,12 +412,12 @@ def ones(*shape, dtype=F32):
 DENSE = (
     "jax_flash_fwd",
     {"query": ones(2, T, N, H), "key": ones(2, S, K, H), "value": ones(2, S, K, H)},
-    {"out": ((2, T, N, H), F32), "lse": ((2, N, T), F32)},
+    {"out": ((2, T, N, H), F32), "lse": ((2, N, T), F32), "next_unit": ((2,), jnp.int32)},
 )
 PACKED = (
     "jax_flash_fwd",
     {"query": ones(T, N, H), "key": ones(S, K, H), "value": ones(S, K, H)},
-    {"out": ((T, N, H), F32), "lse": ((N, T), F32)},
+    {"out": ((T, N, H), F32), "lse": ((N, T), F32), "next_unit": ((), jnp.int32)},
 )
 BACKWARD = (
     "jax_flash_bwd",
@@ -461,12 +461,13 @@ MISUSE = [
     (DENSE, {"query_segment_ids": ones(2, T, dtype=jnp.int32)}, {}, {}, "segment ids"),
     (DENSE, {}, {}, {"keep_threshold": np.int32(128)}, "dropout_stream"),
     (DENSE, {}, {}, {"keep_threshold": np.int32(0)}, "keep_threshold"),
-    (DENSE, {}, {"lse": ABSENT}, {}, "lse is not among the results"),
+    (DENSE, {}, {"lse": ABSENT, "next_unit": ABSENT}, {}, "lse is not among the results"),
     (DENSE, {}, {"out": ((2, T, N, H - 1), F32)}, {}, "out has size 7 on axis 3, expected 8"),
     (DENSE, {}, {"out": ((1, T, N, H), F32)}, {}, "out has size 1 on axis 0, expected 2"),
     (DENSE, {}, {"out": ((2, T, N, H), jnp.bfloat16)}, {}, "out has an unexpected dtype"),
     (DENSE, {}, {"lse": ((2, T, N), F32)}, {}, "lse has size 4 on axis 2, expected 3"),
-    (DENSE, {}, {}, {"return_softmax": True}, "probs is not among the results"),
+    (DENSE, {}, {"next_unit": ABSENT}, {"return_softmax": True}, "probs is not among the results"),
+    (DENSE, {}, {"next_unit": ABSENT}, {}, "next_unit is not among the results"),
     (DENSE, {}, {}, {"scale": ABSENT}, "attributes"),
     (DENSE, {}, {}, {"scale": "large"}, "decode"),
     (DENSE, {}, {}, {"colour": np.int32(1)}, "attributes"),
@@ -481,7 +482,7 @@ MISUSE = [
     (
         PACKED,
         {"cu_seqlens_q": ints(0, 3), "cu_seqlens_kv": ints(0, 5)},
-        {"probs": ((1, N, T, S), F32)},
+        {"next_unit": ABSENT, "probs": ((1, N, T, S), F32)},
         {"return_softmax": True, "max_seqlen_q": np.int32(-1), "max_seqlen_kv": np.int32(INT_MAX)},
         "probs has size 5 on axis 3, expected 2147483647",
     ),

@@ -11,8 +11,12 @@ namespace flash {
 
 enum class Direction : int32 { kFwd, kBwd };
 
+// Kernels for mma.sync, on every GPU from Ampere on, and for Hopper's own instructions.
+enum class Family : int32 { kSm80, kSm90 };
+
 struct KernelConfig {
   Direction direction;
+  Family family;
   DType dtype;       // of q, k, v, o and their gradients: 16 bits
   int32 head_dim;    // of q and k, as tiled: a multiple of 32; what lies beyond the real one is zero
   int32 head_dim_v;  // of v and o, likewise
@@ -35,9 +39,10 @@ struct KernelConfig {
 
   int32 block_q;
   int32 block_kv;
-  int32 num_warps;
+  int32 num_warps;   // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
   int32 warps_d;     // backward: warps side by side along the head dim of dk and dv; the others lie along the keys
-  int32 num_stages;  // backward: buffers of q and dO
+  int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward
+  bool ping_pong;    // Hopper's forward: warpgroups take turns at the tensor cores
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
 
   bool operator==(const KernelConfig&) const = default;
@@ -47,6 +52,7 @@ struct KernelConfig {
 template <class Config, class Visit>
 static constexpr void for_each_field(Config& c, Visit visit) {
   visit("direction", c.direction);
+  visit("family", c.family);
   visit("dtype", c.dtype);
   visit("head_dim", c.head_dim);
   visit("head_dim_v", c.head_dim_v);
@@ -71,6 +77,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("num_warps", c.num_warps);
   visit("warps_d", c.warps_d);
   visit("num_stages", c.num_stages);
+  visit("ping_pong", c.ping_pong);
   visit("min_blocks", c.min_blocks);
 }
 
@@ -78,20 +85,26 @@ static constexpr void for_each_field(Config& c, Visit visit) {
 inline constexpr int32 kRowKernelThreads = 128;
 inline constexpr int32 kRowKernelRows = 64;
 
-// Threads of the main kernel.
-static constexpr int32 num_threads(const KernelConfig& c) {
-  return 32 * c.num_warps;
+// Tiles in shared memory are stored in panels so wide.
+static constexpr int32 panel_cols(int32 cols) {
+  return cols % 64 == 0 ? 64 : 32;
 }
 
-// Scratch of SegmentFilter.
-inline constexpr int64 kSegmentBytes = 128;
+// Threads of the main kernel.
+static constexpr int32 num_threads(const KernelConfig& c) {
+  return 32 * c.num_warps + (c.family == Family::kSm90 ? 128 : 0);
+}
+
+// Barriers of Hopper's kernels, and what warps tell each other.
+inline constexpr int64 kBarrierBytes = 256;
 
 // Dynamic shared memory of the main kernel; the kernels hold their storage to it.
 static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 q = int64{2} * c.block_q * c.head_dim, k = int64{2} * c.block_kv * c.head_dim;
   const int64 v = int64{2} * c.block_kv * c.head_dim_v;
   const int64 o = int64{2} * c.block_q * c.head_dim_v, scores = int64{2} * c.block_q * c.block_kv;
-  const int64 extra = (c.bias_tiled ? scores : 0) + (c.segments ? kSegmentBytes : 0);
+  const int64 extra = c.bias_tiled ? scores : 0;
+  if (c.family == Family::kSm90) return q + c.num_stages * (k + v) + kBarrierBytes;
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + extra;
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
   return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores + extra;

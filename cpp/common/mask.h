@@ -61,12 +61,29 @@ static constexpr BlockKind classify_block(const MaskRule& rule, int32 row_begin,
   return all.begin <= key_begin && key_end <= all.end ? BlockKind::kFull : BlockKind::kPartial;
 }
 
+// Blocks of keys [first, end) that the rows [row_begin, row_end) see, of which all of them see [full_begin, full_end)
+// whole.
+struct BlockRange {
+  int32 first, end;
+  int32 full_begin, full_end;
+};
+
+static constexpr BlockRange key_blocks(const MaskRule& rule, int32 row_begin, int32 row_end, int32 block_kv) {
+  const Range any = visible_keys(rule, row_begin, row_end);
+  const Range all = {visible_keys(rule, row_end - 1).begin, visible_keys(rule, row_begin).end};
+  const int32 first = any.begin / block_kv, end = any.begin < any.end ? (any.end - 1) / block_kv + 1 : first;
+  const int32 full_begin = int32(ceil_div(all.begin, block_kv)), full_end = all.end / block_kv;
+  return full_begin < full_end ? BlockRange{first, end, full_begin, full_end} : BlockRange{first, end, first, first};
+}
+
 static_assert(visible_keys(MaskRule{4, 6, -1, 0, 2}, 0).end == 3, "bottom-right causal: row 0 sees keys 0..2");
 static_assert(visible_keys(MaskRule{4, 6, -1, 0, 0}, 0).end == 1, "top-left causal: row 0 sees key 0");
 static_assert(visible_keys(MaskRule{6, 4, -1, 0, -2}, 1).end == 0, "more queries than keys: the first rows see none");
 static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 3).begin == 1 &&
               visible_rows(MaskRule{4, 6, 2, 0, 2}, 3).end == 4);
 static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).begin == visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).end);
+static_assert(key_blocks(MaskRule{256, 256, -1, 0, 0}, 128, 192, 64).full_end == 2 &&
+              key_blocks(MaskRule{256, 256, -1, 0, 0}, 128, 192, 64).end == 3);
 static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 64, 128, 0, 64) == BlockKind::kFull);
 static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 0, 64, 64, 128) == BlockKind::kNone);
 

@@ -68,6 +68,18 @@ struct FwdProblem : Problem {
   View probs;  // [batch, sequence, head, i, j] float32; see return_softmax. Sequence stride in `probs_sequence_stride`
   int64 probs_sequence_stride;
   int64 probs_rows, probs_cols;
+  View next_unit;  // scratch of the CUDA kernels: one int32, which hands out work. Not zero when the call starts
+};
+
+// How the copy engine of a GPU reads a tensor: the driver's CUtensorMap, whose contents are its own.
+struct alignas(128) TensorMap {
+  uint64 words[16];
+};
+
+// What Hopper's forward kernel takes. Maps are of [batch, head, row, head dim].
+struct HopperFwdProblem : FwdProblem {
+  TensorMap q_map, k_map, v_map;
+  int32 heads_per_section;  // see Units
 };
 
 struct BwdProblem : Problem {

@@ -1,7 +1,14 @@
 #include "cuda/heuristics.h"
 
+#include <atomic>
+#include <type_traits>
+
 namespace flash::cuda {
 namespace {
+
+// What override_config() has set; older ones are kept, as another thread may look at them.
+using Fields = std::map<std::string, int32>;
+std::atomic<const Fields*> overridden = new Fields;
 
 KernelConfig facts_of_both(const Problem& p, Direction direction) {
   // Two keys of a row of a bias or mask lie side by side, and always on an even place.
@@ -37,7 +44,23 @@ int32 tiled_head_dim(int32 head_dim, int32 unit) {
 
 struct Tiling {
   int32 block_q, block_kv, num_warps, warps_d, num_stages, min_blocks;
+  bool ping_pong = false;
 };
+
+// What Hopper's forward cannot do: rows that the copy engine cannot address, keys that lie on pages, batch axes that it
+// cannot take as one. And what is a testing aid.
+bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
+  return arch.sm == 90 && c.direction == Direction::kFwd && c.aligned && !c.paged && !c.return_softmax &&
+         c.num_batch_axes == 1;
+}
+
+// Registers bound the tiles: two warpgroups have 240 per thread, for 64 rows of O and of scores and for the weights.
+// Then shared memory, of which two buffers each of K and V shall fit.
+Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
+  if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
+  if (head_dim > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
+  return {128, 128, 8, 1, head_dim > 64 ? 2 : 4, 1, true};
+}
 
 // Operands that each score needs hold registers of their own: with several of them, or with rows that are copied
 // element by element, tiles must be smaller lest the main loop spills.
@@ -85,8 +108,15 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
     throw Error(Error::Code::kUnimplemented,
                 "float32 attention is not supported on GPUs: cast query, key and value to bfloat16 or float16.");
   KernelConfig c = facts;
+  const Fields& fields = *overridden.load();
+  const auto family = fields.find("family");
+  // The portable family, until the other one has been measured on a GPU.
+  if (family != fields.end() && Family(family->second) == Family::kSm90 && is_for_hopper(c, arch))
+    c.family = Family::kSm90, c.bias_tiled = false;
   const int32 larger = max_of(facts.head_dim, facts.head_dim_v);
-  const Tiling t = c.direction == Direction::kFwd ? fwd_tiling(c, larger) : bwd_tiling(c, larger, arch);
+  const Tiling t = c.family == Family::kSm90        ? hopper_fwd_tiling(c, larger)
+                   : c.direction == Direction::kFwd ? fwd_tiling(c, larger)
+                                                    : bwd_tiling(c, larger, arch);
   const int32 unit = t.warps_d > 2 ? 64 : 32;  // each of warps_d warps has blocks of 16 columns
   c.head_dim = tiled_head_dim(facts.head_dim, unit);
   c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit);
@@ -97,8 +127,27 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.warps_d = t.warps_d;
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
+  c.ping_pong = t.ping_pong;
   if (shared_bytes(c) > arch.max_shared_bytes) c.bias_tiled = false;  // then it is read element by element
+  if (!fields.empty())
+    for_each_field(c, [&](const char* name, auto& field) {
+      const auto it = fields.find(name);
+      if (it != fields.end() && it != family) field = static_cast<std::remove_reference_t<decltype(field)>>(it->second);
+    });
   return c;
+}
+
+int32 heads_per_section(const Problem& p) {
+  // Keys and values of a section are to stay in the L2 cache, of 50 MB, while all its blocks of queries go through
+  // them.
+  constexpr int64 kSectionBytes = 32 << 20;
+  const int64 group = p.num_heads / p.num_heads_kv, heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
+  const int64 head_bytes = 2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v);
+  return int32(clamp_to<int64>(kSectionBytes / max_of<int64>(head_bytes, 1), 1, heads) * group);
+}
+
+void override_config(Fields fields) {
+  overridden = new Fields(std::move(fields));
 }
 
 }  // namespace flash::cuda

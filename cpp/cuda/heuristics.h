@@ -1,6 +1,9 @@
 // Which kernel runs a problem: the only place where tile sizes are chosen.
 #pragma once
 
+#include <map>
+#include <string>
+
 #include "common/config.h"
 #include "common/problem.h"
 #include "cuda/driver.h"
@@ -14,5 +17,12 @@ KernelConfig facts_of(const BwdProblem& problem);
 // Rounds the head dims up to tiles and fills in the tile sizes for an architecture. Throws Error (unimplemented) where
 // there is no kernel, as for float32.
 KernelConfig configure(KernelConfig facts, const Arch& arch);
+
+// How many heads of queries, of all sequences and batch entries, Hopper's kernels work on at a time.
+int32 heads_per_section(const Problem& problem);
+
+// For tests and measurements: values of fields, by name, that configure() takes in place of its own choice until the
+// next call. A family that has no kernel for a config is not taken.
+void override_config(std::map<std::string, int32> fields);
 
 }  // namespace flash::cuda

@@ -26,6 +26,9 @@ std::string literal(int32 x) {
 std::string literal(Direction x) {
   return x == Direction::kFwd ? "flash::Direction::kFwd" : "flash::Direction::kBwd";
 }
+std::string literal(Family x) {
+  return x == Family::kSm80 ? "flash::Family::kSm80" : "flash::Family::kSm90";
+}
 std::string literal(DType x) {
   return x == DType::kBF16 ? "flash::DType::kBF16" : x == DType::kF16 ? "flash::DType::kF16" : "flash::DType::kF32";
 }
@@ -186,8 +189,9 @@ const Cubin& cubin_of(const KernelConfig& config, const Arch& arch) {
 }  // namespace
 
 std::string source_of(const KernelConfig& config) {
-  const bool fwd = config.direction == Direction::kFwd;
-  std::string text = fwd ? "#include \"kernels/sm80/fwd.cuh\"\n"
+  const bool fwd = config.direction == Direction::kFwd, hopper = config.family == Family::kSm90;
+  const std::string family = hopper ? "sm90" : "sm80";
+  std::string text = fwd ? "#include \"kernels/" + family + "/fwd.cuh\"\n"
                          : "#include \"kernels/bwd_postprocess.cuh\"\n#include \"kernels/bwd_preprocess.cuh\"\n"
                            "#include \"kernels/sm80/bwd.cuh\"\n";
   text += "\nconstexpr flash::KernelConfig kConfig{\n";
@@ -197,7 +201,7 @@ std::string source_of(const KernelConfig& config) {
   text += "};\n";
   const std::string bounds = "flash::num_threads(kConfig), kConfig.min_blocks";
   const std::vector<std::string> names = entry_points(config.direction);
-  if (fwd) return text + entry_point(names[0], bounds, "FwdProblem", "sm80::fwd");
+  if (fwd) return text + entry_point(names[0], bounds, hopper ? "HopperFwdProblem" : "FwdProblem", family + "::fwd");
   return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") +
          entry_point(names[1], bounds, "BwdProblem", "sm80::bwd") +
          entry_point(names[2], "flash::kRowKernelThreads", "BwdProblem", "bwd_postprocess");

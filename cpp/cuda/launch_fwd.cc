@@ -3,6 +3,7 @@
 #include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"
+#include "cuda/tensor_map.h"
 
 namespace flash::cuda {
 
@@ -15,14 +16,32 @@ void load(const FwdProblem& problem, int32 device) {
   load(configure(facts_of(with_few_batch_axes(problem)), arch_of(device)), device);
 }
 
+namespace {
+
+void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Stream stream, int64 units) {
+  HopperFwdProblem h = {p};
+  const int64 batch = num_batch_entries(p);
+  h.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, c.head_dim, 64);
+  h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, c.head_dim, c.block_kv);
+  h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, c.head_dim_v, c.block_kv);
+  h.heads_per_section = heads_per_section(p);
+  set_zero(p.next_unit.data, 4, stream);
+  launch(load(c, device).entry[0], min_of<int64>(units, multiprocessors_of(device)), num_threads(c), shared_bytes(c),
+         stream, &h);
+}
+
+}  // namespace
+
 void launch(const FwdProblem& problem, int32 device, Stream stream) {
   const FwdProblem p = with_few_batch_axes(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));
   const int64 entries = num_batch_entries(p);
   int64 blocks = ceil_div(p.max_seqlen_q, c.block_q) * p.num_heads * p.num_sequences * entries;
-  if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, num_threads(c)) * entries;
+  if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, 32 * c.num_warps) * entries;
+  if (blocks == 0) return;
   if (p.probs.data)  // the kernel writes what is visible
     set_zero(p.probs.data, 4 * p.probs_sequence_stride * p.num_sequences * entries, stream);
+  if (c.family == Family::kSm90) return launch_hopper(p, c, device, stream, blocks);
   launch(load(c, device).entry[0], blocks, num_threads(c), shared_bytes(c), stream, &p);
 }
 

@@ -268,6 +268,7 @@ xf::ErrorOr<FwdProblem> decode_fwd(const Attrs& attrs, xf::RemainingArgs args, x
                        : d.result(2, "probs", {head, i, j}, kF32);
       p.probs_sequence_stride = p.num_heads * p.probs_rows * p.probs_cols;
     }
+    p.next_unit = d.result(attrs.return_softmax ? 3 : 2, "next_unit", {}, kS32);
   }
   if (!d.ok()) return xf::Unexpected(d.error());
   return p;

@@ -3,8 +3,10 @@
 //
 // Threads are fibers. A warp runs until all of its lanes wait for a barrier, then the next warp does, so that whoever
 // relies on what another warp has not yet done finds poison. Shared memory starts as NaN, and so does the target of a
-// cp.async until it is waited for. Every failure (a wild access, undefined behaviour, lanes that part) ends the launch
-// with a sentence that names the block and the thread.
+// copy until it is waited for. What runs beside the threads happens as late as it may: a copy of the copy engine when
+// nobody can go on without it, products of a warpgroup when they are waited for, and until then their accumulators are
+// NaN. Every failure (a wild access, undefined behaviour, lanes that part) ends the launch with a sentence that names the
+// block and the thread.
 #pragma once
 
 #include <setjmp.h>
@@ -16,8 +18,13 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
 #include <type_traits>
 #include <vector>
+
+#include "tensor_boxes.h"
 
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -56,7 +63,7 @@ struct Copy {
   int bytes, source_bytes;
 };
 
-enum class State { kReady, kInCollective, kAtBarrier, kDone };
+enum class State { kReady, kInCollective, kAtBarrier, kAtNamedBarrier, kAtMbarrier, kDone };
 
 struct Fiber {
   Index index = {};
@@ -66,21 +73,47 @@ struct Fiber {
   jmp_buf context;
   std::vector<Copy> copies;
   int open_group = 0;
+  unsigned barrier, parity;         // that it waits at
+  std::vector<unsigned> unfenced;   // words of shared memory that it wrote since its last fence.proxy.async
+};
+
+// Products of a warp's part of a warpgroup, and the accumulators that they write: true values while these are NaN.
+struct Product {
+  int group;
+  std::function<void()> run;
+  std::vector<float*> accumulators;
 };
 
 struct Warp {
   unsigned arrived = 0;
   void* work = nullptr;
   void* args[kLanes];
+  std::deque<Product> products;
+  int open_group = 0;
+  std::map<float*, std::vector<float>> accumulators;
+};
+
+struct NamedBarrier {
+  unsigned arrived = 0;
+};
+
+struct Mbarrier {
+  unsigned arrivals = 0, pending = 0;  // of a phase; still awaited in this one
+  long bytes = 0;                      // that the copy engine has yet to deliver
+  unsigned phase = 0;
 };
 
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline Fiber* current;
-inline Index block;
+inline Index block, grid;
 inline char* shared_memory;
 inline unsigned shared_bytes;
-inline std::vector<bool> in_flight;  // by word of shared memory: whether a cp.async is to write it
+inline std::vector<bool> in_flight;  // by word of shared memory: whether a copy is to write it
+inline std::vector<unsigned> unfenced;  // by word: 1 + the thread that wrote it without a fence.proxy.async
+inline std::map<unsigned, Mbarrier> mbarriers;  // by address
+inline NamedBarrier named_barriers[16];
+inline std::deque<std::function<void()>> copy_engine;
 inline void (*run_kernel)();
 inline jmp_buf scheduler, aborted;
 inline char error[512];
@@ -126,6 +159,7 @@ inline void thread_main() {
   run_kernel();
   finish_copies(0);
   if (!current->copies.empty()) fail("ends with a cp.async that was never committed");
+  if (!warps[current->index.x / kLanes].products.empty()) fail("ends with products that were never waited for");
   suspend(State::kDone);
 }
 
@@ -163,13 +197,65 @@ inline char* shared_at(unsigned address, unsigned bytes) {
   if (address < kSharedBase || offset + bytes > shared_bytes) fail("shared memory ends before byte %u", offset + bytes);
   if (offset % bytes) fail("%u bytes at byte %u of shared memory are not aligned", bytes, offset);
   for (unsigned i = offset; i < offset + bytes; i += 4)
-    if (in_flight[i / 4]) fail("touches byte %u of shared memory, to which a cp.async is under way", i);
+    if (in_flight[i / 4]) fail("touches byte %u of shared memory, to which a copy is under way", i);
   return shared_memory + offset;
+}
+
+// The same for the copy engine and the products of warpgroups, which see what threads wrote only behind a fence.
+inline char* shared_at_by_proxy(unsigned address, unsigned bytes) {
+  char* p = shared_at(address, bytes);
+  const unsigned offset = address - kSharedBase;
+  for (unsigned i = offset; i < offset + bytes; i += 4)
+    if (unfenced[i / 4]) fail("reads byte %u of shared memory without fence.proxy.async", i);
+  return p;
+}
+
+inline void wrote_shared(unsigned address, unsigned bytes) {
+  for (unsigned i = address - kSharedBase; i < address - kSharedBase + bytes; i += 4) {
+    unfenced[i / 4] = current->index.x + 1;
+    current->unfenced.push_back(i / 4);
+  }
+}
+
+inline Mbarrier& mbarrier_at(unsigned address) {
+  const auto it = mbarriers.find(address);
+  if (it == mbarriers.end()) fail("no mbarrier was initialised at %u", address);
+  return it->second;
+}
+
+inline void end_phase_if_complete(Mbarrier& barrier) {
+  if (barrier.pending || barrier.bytes) return;
+  barrier.pending = barrier.arrivals;
+  ++barrier.phase;
+}
+
+inline bool may_pass(const Fiber& fiber) {
+  return mbarriers[fiber.barrier].phase % 2 != fiber.parity;
+}
+
+// Runs all but the last `pending` groups of the warp's products, then gives back the accumulators of which none is left.
+inline void finish_products(Warp& warp, int pending) {
+  while (!warp.products.empty() && warp.products.front().group < warp.open_group - pending) {
+    warp.products.front().run();
+    warp.products.pop_front();
+  }
+  std::erase_if(warp.accumulators, [&](const auto& entry) {
+    const auto& [d, values] = entry;
+    for (const Product& product : warp.products)
+      for (const float* other : product.accumulators)
+        if (other == d) return false;
+    memcpy(d, values.data(), values.size() * sizeof(float));
+    return true;
+  });
 }
 
 inline void run_block() {
   memset(shared_memory, kPoison, shared_bytes + kSharedMargin);
   in_flight.assign(shared_bytes / 4, false);
+  unfenced.assign(shared_bytes / 4, 0);
+  mbarriers.clear();
+  for (NamedBarrier& barrier : named_barriers) barrier = {};
+  copy_engine.clear();
   spins = 0;
   warps.assign(fibers.size() / kLanes, {});
   for (unsigned i = 0; i < fibers.size(); ++i) {
@@ -194,13 +280,27 @@ inline void run_block() {
           if (lanes[lane].state == State::kReady) resume(lanes[lane]), again = ran = true;
       }
     }
+    for (Fiber& fiber : fibers)
+      if (fiber.state == State::kAtMbarrier && may_pass(fiber)) fiber.state = State::kReady, ran = true;
     if (ran) continue;
-    bool done = true;
+    if (!copy_engine.empty()) {  // nobody can go on without it
+      const auto copy = copy_engine.front();
+      copy_engine.pop_front();
+      copy();
+      continue;
+    }
+    bool done = true, all_at_barrier = true;
     for (Fiber& fiber : fibers) {
       if (fiber.state == State::kInCollective) current = &fiber, fail("waits for lanes that do not come");
-      if (fiber.state == State::kAtBarrier) fiber.state = State::kReady, done = false;
+      done = done && fiber.state == State::kDone;
+      all_at_barrier = all_at_barrier && (fiber.state == State::kAtBarrier || fiber.state == State::kDone);
     }
     if (done) break;
+    for (Fiber& fiber : fibers) {
+      if (!all_at_barrier && fiber.state != State::kDone && fiber.state != State::kAtBarrier)
+        current = &fiber, fail("waits at a barrier for ever");
+      if (fiber.state == State::kAtBarrier) fiber.state = State::kReady;
+    }
   }
   for (size_t i = 0; i < kSharedMargin; ++i)
     if (shared_memory[shared_bytes + i] != char(kPoison)) fail("block %u writes behind its shared memory", block.x);
@@ -231,6 +331,7 @@ const char* launch(void (*kernel)(Problem), unsigned blocks, unsigned threads, u
   const bool failed = _setjmp(aborted);
   if (!failed) {
     if (bytes + kSharedMargin > shared_capacity) fail("asks for too much shared memory");
+    grid = {blocks, 1, 1};
     for (block = {}; block.x < blocks; ++block.x) run_block();
   }
   current = nullptr;
@@ -242,12 +343,20 @@ const char* launch(void (*kernel)(Problem), unsigned blocks, unsigned threads, u
 
 #define threadIdx (emulator::current->index)
 #define blockIdx (emulator::block)
+#define gridDim (emulator::grid)
 
 inline void __syncthreads() {
   emulator::suspend(emulator::State::kAtBarrier);
 }
 inline void __threadfence() {}
+inline void __syncwarp() {
+  emulator::Exchange<int>(0);
+}
 
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return emulator::Exchange<T>(x).all[lane];
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulator::Exchange<T>(x).all[threadIdx.x % emulator::kLanes ^ mask];

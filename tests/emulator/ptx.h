@@ -1,7 +1,7 @@
 // The functions of cpp/kernels/ptx in plain C++.
 #pragma once
 
-#include "common/types.h"
+#include "common/problem.h"
 #include "gpu.h"
 
 namespace flash::ptx {
@@ -24,6 +24,12 @@ inline int32 ld_acquire(const int32* p) {
 
 inline void red_release_add(int32* p, int32 x) {
   *p += x;
+}
+
+inline int32 atom_add(int32* p, int32 x) {
+  const int32 before = *p;
+  *p += x;
+  return before;
 }
 
 // convert.cuh
@@ -136,6 +142,13 @@ inline void ldmatrix_x4_trans(uint32 (&r)[4], uint32 address) {
 
 inline void st_shared(uint32 address, uint32 value) {
   memcpy(emulator::shared_at(address, 4), &value, 4);
+  emulator::wrote_shared(address, 4);
+}
+
+inline void st_shared_x4(uint32 address, uint32 x, uint32 y, uint32 z, uint32 w) {
+  const uint32 words[4] = {x, y, z, w};
+  memcpy(emulator::shared_at(address, 16), words, 16);
+  emulator::wrote_shared(address, 16);
 }
 
 // mma.cuh: fragments as in the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
@@ -163,6 +176,200 @@ void mma_m16n8k16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
       for (int32 i = 0; i < 4; ++i) lanes[lane]->c[i] += c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   });
 }
+
+// mbarrier.cuh
+
+inline void mbarrier_init(uint32 barrier, uint32 arrivals) {
+  emulator::shared_at(barrier, 8);
+  emulator::mbarriers[barrier] = {arrivals, arrivals};
+}
+
+inline void fence_mbarrier_init() {}
+
+inline void mbarrier_arrive(uint32 barrier) {
+  emulator::Mbarrier& b = emulator::mbarrier_at(barrier);
+  if (b.pending == 0) emulator::fail("arrives at an mbarrier once too often");
+  --b.pending;
+  emulator::end_phase_if_complete(b);
+}
+
+inline void mbarrier_arrive_expect_tx(uint32 barrier, uint32 bytes) {
+  emulator::mbarrier_at(barrier).bytes += bytes;
+  mbarrier_arrive(barrier);
+}
+
+inline void mbarrier_wait(uint32 barrier, uint32 parity) {
+  emulator::mbarrier_at(barrier);
+  emulator::Fiber& thread = *emulator::current;
+  thread.barrier = barrier, thread.parity = parity;
+  if (!emulator::may_pass(thread)) emulator::suspend(emulator::State::kAtMbarrier);
+}
+
+// tma.cuh: the driver's stand-in (runtime.cc) has written a TensorBoxes into the map.
+
+inline uint32 swizzled(uint32 address, uint32 span) {
+  return address ^ (address >> 7 & (span / 16 - 1)) << 4;
+}
+
+inline void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 c0, int32 c1, int32 c2, int32 c3) {
+  const emulator::TensorBoxes boxes = reinterpret_cast<const emulator::TensorBoxes&>(map);
+  const int32 start[4] = {c0, c1, c2, c3};
+  const uint32 row_bytes = 2 * boxes.box[0], bytes = row_bytes * boxes.box[1];
+  if (shared % 128) emulator::fail("the copy engine writes to byte %u, which is not aligned", shared);
+  if (boxes.box[2] != 1 || boxes.box[3] != 1 || row_bytes != boxes.swizzle) emulator::fail("an unexpected tensor map");
+  for (uint32 i = 0; i < bytes; i += 4) {
+    memset(emulator::shared_at(shared + i, 4), emulator::kPoison, 4);
+    emulator::in_flight[(shared - emulator::kSharedBase + i) / 4] = true;
+  }
+  const auto copy = [=] {  // by value: the kernel may end before it
+    for (uint32 r = 0; r < boxes.box[1]; ++r)
+      for (uint32 c = 0; c < boxes.box[0]; ++c) {
+        const int64 at[4] = {start[0] + c, start[1] + r, start[2], start[3]};
+        int64 offset = 2 * at[0];
+        bool inside = true;
+        for (int32 d = 0; d < 4; ++d) {
+          inside = inside && at[d] >= 0 && uint64(at[d]) < boxes.dims[d];
+          if (d > 0) offset += at[d] * int64(boxes.strides[d - 1]);
+        }
+        const uint32 target = swizzled(shared + r * row_bytes + 2 * c, boxes.swizzle) - emulator::kSharedBase;
+        uint16 x = 0;
+        if (inside) memcpy(&x, boxes.data + offset, 2);
+        memcpy(emulator::shared_memory + target, &x, 2);
+        emulator::in_flight[target / 4] = false;
+      }
+    emulator::Mbarrier& b = emulator::mbarrier_at(barrier);
+    b.bytes -= bytes;
+    emulator::end_phase_if_complete(b);
+  };
+  emulator::copy_engine.push_back(copy);
+}
+
+inline void prefetch_tensor_map(const TensorMap&) {}
+
+inline void fence_proxy_async() {
+  emulator::Fiber& thread = *emulator::current;
+  for (const unsigned word : thread.unfenced)
+    if (emulator::unfenced[word] == thread.index.x + 1) emulator::unfenced[word] = 0;
+  thread.unfenced.clear();
+}
+
+// warpgroup.cuh
+
+template <int32>
+void setmaxnreg_dec() {}
+template <int32>
+void setmaxnreg_inc() {}
+
+inline void barrier_arrive(int32 id, int32 threads) {
+  emulator::NamedBarrier& barrier = emulator::named_barriers[id];
+  if (++barrier.arrived < unsigned(threads)) return;
+  barrier.arrived = 0;
+  for (emulator::Fiber& fiber : emulator::fibers)
+    if (fiber.state == emulator::State::kAtNamedBarrier && fiber.barrier == unsigned(id))
+      fiber.state = emulator::State::kReady;
+}
+
+inline void barrier_sync(int32 id, int32 threads) {
+  emulator::Fiber& thread = *emulator::current;
+  thread.barrier = id;
+  thread.state = emulator::State::kAtNamedBarrier;
+  barrier_arrive(id, threads);
+  if (thread.state == emulator::State::kAtNamedBarrier) emulator::suspend(thread.state);
+}
+
+// wgmma.cuh: each warp does its part, 16 rows. Operands in shared memory as in the PTX ISA, "Matrix descriptor format"
+// and "Strides"; those in registers have the fragments of mma_m16n8k16.
+
+// Element (i, k) of an operand: i along m or n.
+template <DType kDType, bool kTransposed>
+float operand_element(uint64 descriptor, int32 i, int32 k) {
+  const uint32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
+               stride = (descriptor >> 32 & 0x3FFF) << 4, span = 256 >> (descriptor >> 62);
+  if (descriptor >> 62 == 0) emulator::fail("an operand without swizzle");
+  const int32 columns = span / 2;
+  const uint32 offset = kTransposed
+                            ? i / columns * leading + i % columns * 2 + k / 8 * stride + k % 8 * span
+                            : i / 8 * stride + i % 8 * span + 2 * k;
+  const uint32 address = swizzled(start + offset, span);
+  uint16 x;
+  memcpy(&x, emulator::shared_at_by_proxy(address & ~3u, 4) + (address & 2), 2);
+  return unpack<kDType>(x);
+}
+
+struct WgmmaArgs {
+  float* d;
+  uint32 a[4];
+  uint64 a_descriptor, b;
+  bool accumulate;
+};
+
+template <DType kDType, bool kRegisters, bool kTransA, bool kTransB, int32 kTiles>
+void wgmma(WgmmaArgs args) {
+  emulator::meet(args, [](WgmmaArgs* const* lanes) {
+    emulator::Warp& warp = emulator::warps[emulator::current->index.x / 32];
+    const int32 first_row = emulator::current->index.x / 32 % 4 * 16;
+    emulator::Product product = {warp.open_group};
+    std::vector<WgmmaArgs> copies;
+    for (int32 lane = 0; lane < 32; ++lane) {
+      WgmmaArgs& args = *lanes[lane];
+      copies.push_back(args);
+      product.accumulators.push_back(args.d);
+      if (warp.accumulators.contains(args.d)) continue;
+      warp.accumulators[args.d].assign(args.d, args.d + 4 * kTiles);
+      memset(args.d, emulator::kPoison, 16 * kTiles);
+    }
+    product.run = [=, &warp] {
+      float a[16][16], b[16][8 * kTiles];
+      for (int32 m = 0; m < 16; ++m)
+        for (int32 k = 0; k < 16; ++k) {
+          const int32 lane = m % 8 * 4 + k % 8 / 2, i = m / 8 + k / 8 * 2;
+          a[m][k] = kRegisters ? unpack<kDType>(uint16(copies[lane].a[i] >> (16 * (k % 2))))
+                               : operand_element<kDType, kTransA>(copies[0].a_descriptor, first_row + m, k);
+        }
+      for (int32 n = 0; n < 8 * kTiles; ++n)
+        for (int32 k = 0; k < 16; ++k) b[k][n] = operand_element<kDType, kTransB>(copies[0].b, n, k);
+      for (int32 lane = 0; lane < 32; ++lane)
+        for (int32 i = 0; i < 4 * kTiles; ++i) {
+          const int32 m = lane / 4 + i % 4 / 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+          float& d = warp.accumulators[copies[lane].d][i];
+          float sum = copies[lane].accumulate ? d : 0.0f;
+          for (int32 k = 0; k < 16; ++k) sum += a[m][k] * b[k][n];
+          d = sum;
+        }
+    };
+    warp.products.push_back(std::move(product));
+  });
+}
+
+template <DType kDType, bool kTransA, bool kTransB, int32 kTiles>
+void wgmma_ss(float (&d)[kTiles][4], uint64 a, uint64 b, bool accumulate) {
+  wgmma<kDType, false, kTransA, kTransB, kTiles>({d[0], {}, a, b, accumulate});
+}
+
+template <DType kDType, bool kTransB, int32 kTiles>
+void wgmma_rs(float (&d)[kTiles][4], const uint32 (&a)[4], uint64 b, bool accumulate) {
+  wgmma<kDType, true, false, kTransB, kTiles>({d[0], {a[0], a[1], a[2], a[3]}, 0, b, accumulate});
+}
+
+inline void wgmma_fence() {}
+
+inline void wgmma_commit() {
+  struct Nothing {
+  } nothing;
+  emulator::meet(nothing, [](Nothing* const*) { ++emulator::warps[emulator::current->index.x / 32].open_group; });
+}
+
+template <int32 kPending>
+void wgmma_wait() {
+  struct Nothing {
+  } nothing;
+  emulator::meet(nothing, [](Nothing* const*) {
+    emulator::finish_products(emulator::warps[emulator::current->index.x / 32], kPending);
+  });
+}
+
+template <int32 kTiles>
+void settled(float (&)[kTiles][4]) {}
 
 // warp.cuh
 

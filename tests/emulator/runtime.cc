@@ -17,9 +17,11 @@
 
 #include "cuda/attention.h"
 #include "cuda/disk_cache.h"
+#include "cuda/heuristics.h"
 #include "cuda/jit.h"
 #include "cuda/nvrtc.h"
 #include "ffi/decode.h"
+#include "tensor_boxes.h"
 
 namespace fs = std::filesystem;
 
@@ -33,14 +35,17 @@ using Entry = const char* (*)(unsigned blocks, unsigned threads, unsigned bytes,
 
 // A way in for each entry point of a translation unit, and the shared memory that its kernels declare.
 std::string harness_of(const std::string& source) {
-  std::string text = "\nnamespace flash::sm80 {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
+  const std::string family = source.find("kernels/sm90/") != source.npos ? "sm90" : "sm80";
+  std::string text = "\nnamespace flash::" + family +
+                     " {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
   for (const Direction direction : {Direction::kFwd, Direction::kBwd})
     for (const std::string& name : entry_points(direction))
       if (source.find(name + "(const") != source.npos)
         text +=
             "extern \"C\" const char* emulated_" + name +
             "(unsigned blocks, unsigned threads, unsigned bytes, const void* problem) {\n  return emulator::launch(" +
-            name + ", blocks, threads, bytes, flash::sm80::shared, sizeof flash::sm80::shared, problem);\n}\n";
+            name + ", blocks, threads, bytes, flash::" + family + "::shared, sizeof flash::" + family +
+            "::shared, problem);\n}\n";
   return text;
 }
 
@@ -91,6 +96,25 @@ const DriverApi& driver() {
       *function = reinterpret_cast<Function>(kernel);
       return 0;
     };
+    api.cuTensorMapEncodeTiled = [](DriverTensorMap map, int, unsigned rank, void* data, const uint64* dims,
+                                    const uint64* strides, const unsigned* box, const unsigned* element_strides,
+                                    int interleave, int swizzle, int, int fill) {
+      emulator::TensorBoxes boxes = {static_cast<const char*>(data)};
+      bool legal = rank == 4 && interleave == kTensorMapNoInterleave && fill == kTensorMapFillZeros &&
+                   reinterpret_cast<uintptr_t>(data) % 16 == 0;
+      for (int i = 0; i < 4; ++i) {
+        boxes.dims[i] = dims[i], boxes.box[i] = box[i];
+        legal = legal && 1 <= dims[i] && dims[i] <= uint64{1} << 32 && 1 <= box[i] && box[i] <= 256 &&
+                element_strides[i] == 1;
+        if (i == 3) break;
+        boxes.strides[i] = strides[i];
+        legal = legal && 16 <= strides[i] && strides[i] % 16 == 0 && strides[i] < uint64{1} << 40;
+      }
+      boxes.swizzle = swizzle == kTensorMapSwizzle128 ? 128 : 64;
+      legal = legal && 2 * box[0] <= boxes.swizzle;
+      std::memcpy(map, &boxes, sizeof boxes);
+      return legal ? 0 : 1;
+    };
     return api;
   }();
   return api;
@@ -106,6 +130,10 @@ std::vector<Arch> visible_archs() {
 
 Arch arch_of(int32) {
   return emulated_arch;
+}
+
+int32 multiprocessors_of(int32) {
+  return 3;  // so that a thread block that stays on its multiprocessor has something to do
 }
 
 std::string name_of(const Arch& arch) {
@@ -213,6 +241,10 @@ auto binding() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_fwd, flash::ffi::execute<flash::ffi::decode_fwd>, flash::ffi::binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_bwd, flash::ffi::execute<flash::ffi::decode_bwd>, flash::ffi::binding());
+
+extern "C" void emulate_family(int family) {
+  flash::cuda::override_config({{"family", family}});
+}
 
 // Chooses the architecture that is emulated. The first call also settles the cache's folder.
 extern "C" void emulate(int sm, long long max_shared_bytes) {

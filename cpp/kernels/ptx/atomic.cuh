@@ -31,4 +31,11 @@ __forceinline__ void red_release_add(int32* p, int32 x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
+// Returns what was there before.
+__forceinline__ int32 atom_add(int32* p, int32 x) {
+  int32 before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(x) : "memory");
+  return before;
+}
+
 }  // namespace flash::ptx

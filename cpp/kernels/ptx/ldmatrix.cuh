@@ -29,4 +29,8 @@ __forceinline__ void st_shared(uint32 address, uint32 value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__forceinline__ void st_shared_x4(uint32 address, uint32 x, uint32 y, uint32 z, uint32 w) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
 }  // namespace flash::ptx

@@ -31,8 +31,7 @@ struct BwdStorage {
   static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + (kC.warps_d > 1 ? S::kBytes : 0);
   static constexpr int32 kLse = kP + S::kBytes, kDelta = kLse + kC.num_stages * 4 * kC.block_q;
   static constexpr int32 kBias = kDelta + kC.num_stages * 4 * kC.block_q;
-  static constexpr int32 kSegments = kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0);
-  static constexpr int32 kEnd = kSegments + (kC.segments ? kSegmentBytes : 0);
+  static constexpr int32 kEnd = kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0);
   static_assert(kEnd == shared_bytes(kC));
 };
 
@@ -64,8 +63,8 @@ struct BwdBlock {
     uint16* dk = address_of<uint16, kBatchAxes>(p, p.dk, seq.batch, kv_head, seq.kv.begin + kv_row);
     uint16* dv = address_of<uint16, kBatchAxes>(p, p.dv, seq.batch, kv_head, seq.kv.begin + kv_row);
     const int32 slot_rows = min_of(kC.block_kv, seq.kv.size - kv_row);  // that must be written
-    store_zeros<kThreads>(dk, p.dk.row_stride, max_of(keys, 0), slot_rows, head_dim);
-    store_zeros<kThreads>(dv, p.dv.row_stride, max_of(keys, 0), slot_rows, head_dim_v);
+    store_zeros<kThreads>(threadIdx.x, dk, p.dk.row_stride, max_of(keys, 0), slot_rows, head_dim);
+    store_zeros<kThreads>(threadIdx.x, dv, p.dv.row_stride, max_of(keys, 0), slot_rows, head_dim_v);
     if (keys <= 0) return;
 
     // Blocks of queries [first, end), of which the mask shows [full_begin, full_end) whole.
@@ -76,16 +75,10 @@ struct BwdBlock {
     const int32 full_begin = int32(ceil_div(all.begin, kC.block_q)), full_end = all.end / kC.block_q;
 
     const int32 first_head = int32(kv_head) * group, end_head = first_head + group;
-    auto filter = [&] {
-      // Deterministic blocks take turns, so that none may stay away.
-      if constexpr (kC.segments && !kC.deterministic) {
-        const ScoreInputs<kC> in(p, seq, first_head);
-        return SegmentFilter<kThreads, kC.block_q>(reinterpret_cast<int32*>(shared + Storage::kSegments),
-                                                   in.kv_segments, kv_row, kv_row + keys, in.q_segments, seq.q.used);
-      } else {
-        return EveryBlock{};
-      }
-    }();
+    // Deterministic blocks take turns, so that none may stay away.
+    const ScoreInputs<kC> first_in(p, seq, first_head);
+    typename FilterOf<kC.segments && !kC.deterministic, kC.block_q>::Type filter(
+        first_in.kv_segments, kv_row, kv_row + keys, first_in.q_segments, seq.q.used);
     // The next block above `block` that may be seen; `end` if there is none.
     auto above = [&](int32 block) {
       do ++block;
@@ -171,6 +164,7 @@ struct BwdBlock {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this step's queries are there for all, and all are done with the last one's
       if (kC.num_stages > 1 && next >= 0) load_queries(next, stage ^ 1);
+      if constexpr (kMasked || kDataMasks<kC>) hide_rows_without_keys(base, shared, stage);
       Accumulator<kKeys, kQueries> s, ds;
       s.clear();
       ds.clear();
@@ -248,6 +242,22 @@ struct BwdBlock {
     __syncthreads();
     store_tile<typename Storage::K, kC.aligned, kThreads>(shared + Storage::kK, dk, p.dk.row_stride, keys, head_dim);
     store_tile<typename Storage::V, kC.aligned, kThreads>(shared + Storage::kV, dv, p.dv.row_stride, keys, head_dim_v);
+  }
+
+  // Zeros the rows of q and dO that see no key: they have no gradient, and what stands there would be NaN also when
+  // multiplied by their weights of 0.
+  static __forceinline__ void hide_rows_without_keys(uint32 base, const char* shared, int32 stage) {
+    constexpr int32 kThreadsPerRow = kThreads / kC.block_q;
+    const int32 row = threadIdx.x / kThreadsPerRow, part = threadIdx.x % kThreadsPerRow;
+    auto zero_row_of = [&]<class T>(int32 tile) {
+      for (int32 chunk = part; chunk < T::kCols / 8; chunk += kThreadsPerRow)
+        ptx::st_shared_x4(base + tile + stage * T::kBytes + T::offset(row, chunk), 0, 0, 0, 0);
+    };
+    if (*reinterpret_cast<const float*>(shared + Storage::kLse + 4 * (stage * kC.block_q + row)) == -kInfinity) {
+      zero_row_of.template operator()<typename Storage::Q>(Storage::kQ);
+      zero_row_of.template operator()<typename Storage::O>(Storage::kDo);
+    }
+    __syncthreads();
   }
 
   // From raw S^T and dP^T to P^T (dropped, not yet rescaled) and dS^T (of the raw scores, but without the scale). The

@@ -24,8 +24,7 @@ struct FwdStorage {
   using O = Tile<kC.block_q, kC.head_dim_v>;
   // Offsets in bytes. O on its way out takes Q's place.
   static constexpr int32 kQ = 0, kK = max_of(Q::kBytes, O::kBytes), kV = kK + K::kBytes, kBias = kV + V::kBytes;
-  static constexpr int32 kSegments = kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0);
-  static constexpr int32 kEnd = kSegments + (kC.segments ? kSegmentBytes : 0);
+  static constexpr int32 kEnd = kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0);
   static_assert(kEnd == shared_bytes(kC));
 };
 
@@ -50,19 +49,12 @@ struct FwdBlock {
     float* lse_rows = address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row);
     const int32 slot_rows = min_of(kC.block_q, seq.q.size - q_row);  // that must be written
     if (rows < slot_rows) {
-      store_zeros<kThreads>(o_rows, p.o.row_stride, max_of(rows, 0), slot_rows, head_dim_v);
+      store_zeros<kThreads>(threadIdx.x, o_rows, p.o.row_stride, max_of(rows, 0), slot_rows, head_dim_v);
       for (int32 r = max_of(rows, 0) + threadIdx.x; r < slot_rows; r += kThreads) lse_rows[r] = -kInfinity;
     }
     if (rows <= 0) return;
 
-    // Key blocks [first, end), of which the mask shows [full_begin, full_end) whole.
     const ScoreInputs<kC> in(p, seq, head);
-    const Range any = visible_keys(in.rule, q_row, q_row + rows);
-    const Range all = {visible_keys(in.rule, q_row + rows - 1).begin, visible_keys(in.rule, q_row).end};
-    const int32 first = any.begin / kC.block_kv, end = any.begin < any.end ? (any.end - 1) / kC.block_kv + 1 : first;
-    int32 full_begin = int32(ceil_div(all.begin, kC.block_kv)), full_end = all.end / kC.block_kv;
-    if (full_begin >= full_end) full_begin = full_end = first;
-
     const int64 kv_head = head / (p.num_heads / p.num_heads_kv);
     auto rows_of = [&](const View& view) {
       if constexpr (kC.paged)
@@ -97,21 +89,9 @@ struct FwdBlock {
                                                                    head_dim);
     ptx::cp_async_commit();
 
-    auto filter = [&] {
-      if constexpr (kC.segments)
-        return SegmentFilter<kThreads, kC.block_kv>(reinterpret_cast<int32*>(shared + Storage::kSegments),
-                                                    in.q_segments, q_row, q_row + rows, in.kv_segments, seq.kv.used);
-      else
-        return EveryBlock{};
-    }();
-    // The next block below `n` that may be seen; below `first` if there is none.
-    auto below = [&](int32 n) {
-      do --n;
-      while (n >= first && !filter.may_see(n));
-      return n;
-    };
-    int32 n = below(end);
-    if (n >= first) load_k(n);
+    KeyBlocks<kC> keys(in, seq, q_row, rows);
+    int32 n = keys.last();
+    if (keys.exists(n)) load_k(n);
 
     const RowsOfA<typename Storage::Q> q{{base, Storage::kQ, warp_row}};
     const RowsOfB<typename Storage::K> k{{base, Storage::kK, 0}};
@@ -139,7 +119,7 @@ struct FwdBlock {
       scores.template operator()<kMasked>(s, n);
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (next >= first) load_k(next);
+      if (keys.exists(next)) load_k(next);
       constexpr bool kGuard = kMasked || kDataMasks<kC>;
       float rescale[kRowsPerWarp / 8];
       if (online_softmax<kGuard>(s, state, rescale, factor)) scale_rows(o, rescale);
@@ -151,9 +131,9 @@ struct FwdBlock {
       pack<kDType>(probs, s);
       gemm<kDType, kC.block_kv>(o, RegistersOfA<kRowsPerWarp, kC.block_kv>{probs}, v);
     };
-    while (n >= first) {
-      const int32 next = below(n);
-      if (full_begin <= n && n < full_end)
+    while (keys.exists(n)) {
+      const int32 next = keys.below(n);
+      if (keys.is_full(n))
         step.template operator()<false>(n, next);
       else
         step.template operator()<true>(n, next);
@@ -185,7 +165,7 @@ struct FwdBlock {
       load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q_rows, q_row, seq.q.used,
                                                                      head_dim);
       ptx::cp_async_commit();
-      for (int32 n = first; n < end; ++n) {
+      for (int32 n = keys.last(); keys.exists(n); n = keys.below(n)) {
         __syncthreads();
         load_k(n);
         ptx::cp_async_wait<0>();

@@ -2,7 +2,7 @@
 // and the fragments that tensor cores take from them.
 #pragma once
 
-#include "common/types.h"
+#include "common/config.h"
 #include "kernels/ptx/convert.cuh"
 #include "kernels/ptx/ldmatrix.cuh"
 #include "kernels/ptx/mma.cuh"
@@ -14,7 +14,7 @@ namespace flash {
 template <int32 kRowCount, int32 kColCount>
 struct Tile {
   static constexpr int32 kRows = kRowCount, kCols = kColCount;
-  static constexpr int32 kPanelCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int32 kPanelCols = panel_cols(kCols);
   static constexpr int32 kPanels = kCols / kPanelCols;
   static constexpr int32 kChunks = kPanelCols / 8;  // per row of a panel
   static constexpr int32 kRowBytes = 2 * kPanelCols;

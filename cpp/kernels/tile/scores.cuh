@@ -30,8 +30,8 @@ struct ScoreInputs {
   float cap, inverse_cap;  // the cap in log2 units; scale / cap
   const char* bias;        // [row 0, key 0] of this sequence and head
   const uint8* mask;
-  const int32* q_segments;
-  const int32* kv_segments;
+  const int32* q_segments = nullptr;
+  const int32* kv_segments = nullptr;
   DropoutStream dropout;
 
   __forceinline__ ScoreInputs(const Problem& p, const Sequence& s, int64 head) {
@@ -76,6 +76,9 @@ __forceinline__ void load_bias(const Problem& p, const uint16* bias, uint32 tile
   load_tile<BiasTile<kC>, true, false, num_threads(kC)>(tile, StridedRows{bias + j, p.bias.row_stride}, i,
                                                         int32(p.seqlen_q), int32(p.seqlen_kv) - j);
 }
+
+// Stands for its reader in kernels without one.
+struct NoBiasTile {};
 
 // Elements (i, j) and (i, j + 1) of a row of a bias or mask, or (i, j) and (i + 1, j) in a transposed tile.
 template <class T>

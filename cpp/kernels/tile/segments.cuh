@@ -3,63 +3,92 @@
 #pragma once
 
 #include "common/config.h"
+#include "common/mask.h"
 #include "kernels/ptx/warp.cuh"
-#include "kernels/tile/sequence.cuh"
+#include "kernels/tile/scores.cuh"
 
 namespace flash {
 
-// Asks which blocks of kOther rows of the other side may have an id in common with this thread block's own rows. All
-// threads ask together.
-template <int32 kThreads, int32 kOther>
-struct SegmentFilter {
-  int32* scratch;  // kSegmentBytes of shared memory: minima and maxima of the warps, then answers, a bit each
-  const int32* ids;
-  int32 count;
-  int32 low, high;
-  int32 chunk = -1;  // the answers are those of blocks [chunk * kThreads, (chunk + 1) * kThreads)
-
-  static constexpr int32 kWarps = kThreads / 32;
-  static_assert(2 * kWarps * 4 <= kSegmentBytes);
-
+// Asks which blocks of kOther rows of the other side may have an id in common with some rows of this one. Each warp
+// asks for itself; its lanes together.
+template <int32 kOther>
+class SegmentFilter {
+ public:
   // Own ids are those of [begin, end), the other side's those of [0, other_count).
-  __forceinline__ SegmentFilter(int32* shared, const int32* own, int32 begin, int32 end, const int32* other,
-                                int32 other_count)
-      : scratch(shared), ids(other), count(other_count) {
-    int32 least = 0x7FFFFFFF, greatest = ~0x7FFFFFFF;
-    for (int32 i = begin + threadIdx.x; i < end; i += kThreads) {
-      least = min_of(least, own[i]);
-      greatest = max_of(greatest, own[i]);
-    }
-    least = ptx::reduce_min(least);
-    greatest = ptx::reduce_max(greatest);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = least, scratch[kWarps + threadIdx.x / 32] = greatest;
-    __syncthreads();
-    low = scratch[0], high = scratch[kWarps];
-    for (int32 w = 1; w < kWarps; ++w) low = min_of(low, scratch[w]), high = max_of(high, scratch[kWarps + w]);
-    __syncthreads();
+  __forceinline__ SegmentFilter(const int32* own, int32 begin, int32 end, const int32* other, int32 other_count)
+      : other_(other), count_(other_count) {
+    const Bounds part = bounds_of(own, begin + int32(threadIdx.x % 32), end, 32);
+    own_ = {ptx::reduce_min(part.low), ptx::reduce_max(part.high)};
   }
 
   __forceinline__ bool may_see(int32 block) {
-    if (block / kThreads != chunk) {
-      chunk = block / kThreads;
-      const int32 begin = (chunk * kThreads + threadIdx.x) * kOther, end = min_of(begin + kOther, count);
-      int32 least = 0x7FFFFFFF, greatest = ~0x7FFFFFFF;
-      for (int32 i = begin; i < end; ++i) {
-        least = min_of(least, ids[i]);
-        greatest = max_of(greatest, ids[i]);
-      }
-      const uint32 answers = __ballot_sync(~0u, least <= high && low <= greatest);
-      __syncthreads();
-      if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = int32(answers);
-      __syncthreads();
+    if (block / 32 != chunk_) {
+      chunk_ = block / 32;
+      const int32 begin = (chunk_ * 32 + int32(threadIdx.x % 32)) * kOther;
+      const Bounds other = bounds_of(other_, begin, min_of(begin + kOther, count_), 1);
+      answers_ = __ballot_sync(~0u, other.low <= own_.high && own_.low <= other.high);
     }
-    return uint32(scratch[block % kThreads / 32]) >> (block % 32) & 1;
+    return answers_ >> (block % 32) & 1;
   }
+
+ private:
+  struct Bounds {
+    int32 low, high;
+  };
+
+  // Of ids begin, begin + step, ...; of none, bounds between which no id lies.
+  static __forceinline__ Bounds bounds_of(const int32* ids, int32 begin, int32 end, int32 step) {
+    Bounds bounds = {0x7FFFFFFF, ~0x7FFFFFFF};
+    for (int32 i = begin; i < end; i += step) bounds = {min_of(bounds.low, ids[i]), max_of(bounds.high, ids[i])};
+    return bounds;
+  }
+
+  const int32* other_;
+  int32 count_;
+  Bounds own_;
+  int32 chunk_ = -1;  // of 32 blocks, to which the answers belong, a bit each
+  uint32 answers_ = 0;
 };
 
 // The filter of kernels without segment ids.
 struct EveryBlock {
+  __forceinline__ EveryBlock(const int32*, int32, int32, const int32*, int32) {}
   __forceinline__ bool may_see(int32) { return true; }
+};
+
+template <bool kSegments, int32 kOther>
+struct FilterOf {
+  using Type = EveryBlock;
+};
+template <int32 kOther>
+struct FilterOf<true, kOther> {
+  using Type = SegmentFilter<kOther>;
+};
+
+// The blocks of keys that the rows [row, row + rows) of a sequence visit, from the last to the first.
+template <KernelConfig kC>
+class KeyBlocks {
+  using Filter = typename FilterOf<kC.segments, kC.block_kv>::Type;
+
+ public:
+  __forceinline__ KeyBlocks(const ScoreInputs<kC>& in, const Sequence& seq, int32 row, int32 rows)
+      : range_(key_blocks(in.rule, row, row + rows, kC.block_kv)),
+        filter_(in.q_segments, row, row + rows, in.kv_segments, seq.kv.used) {}
+
+  __forceinline__ int32 last() { return below(range_.end); }
+  // The next one below block `n`, or one that does not exist.
+  __forceinline__ int32 below(int32 n) {
+    do --n;
+    while (exists(n) && !filter_.may_see(n));
+    return n;
+  }
+  __forceinline__ bool exists(int32 n) const { return n >= range_.first; }
+  // Whether the positional mask shows it whole.
+  __forceinline__ bool is_full(int32 n) const { return range_.full_begin <= n && n < range_.full_end; }
+
+ private:
+  BlockRange range_;
+  Filter filter_;
 };
 
 }  // namespace flash

@@ -96,38 +96,71 @@ __forceinline__ float* accum_block_of(const BwdProblem& p, const Sequence& s, in
 
 enum class Side { kQueries, kKeys };
 
-// The work of a grid of [batch entry, sequence, head, block of rows] and then, if packed, blocks of kThreads rows of
-// batch entries. Calls on_block(sequence, head, row) for the block's rows, which start at `row` of the sequence, and
-// on_stray(batch, row) in one thread for a row that lies in no sequence, which nobody else would define. Late blocks
-// come first where kLateFirst: with a causal mask those of queries are the longest.
+// The work of a grid, in units: [batch entry, sequence, head, block of kBlockRows rows] and then, if packed, blocks of
+// kStrayRows rows of batch entries, for rows that lie in no sequence and that nobody else would define.
+//
+// Heads (of all sequences and batch entries) come in sections of heads_per_section, blocks of a section in turn for
+// each head. Late blocks come first if kLateFirst: with a causal mask those of queries are the longest.
+template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool kLateFirst>
+struct Units {
+  const Problem& p;
+  // 32 bits, as a grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
+  uint32 blocks, heads, section, block_units;
+
+  static constexpr bool kQueries = kSide == Side::kQueries;
+
+  __forceinline__ explicit Units(const Problem& problem, uint32 heads_per_section = 1)
+      : p(problem), section(heads_per_section) {
+    blocks = uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
+    heads = uint32((kQueries ? p.num_heads : p.num_heads_kv) * p.num_sequences * num_batch_entries(p));
+    block_units = blocks * heads;
+  }
+
+  __forceinline__ uint32 count() const {
+    const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
+    const bool packed = (kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv).data;
+    return block_units + (packed ? uint32(ceil_div(rows, kStrayRows) * num_batch_entries(p)) : 0);
+  }
+
+  // Calls on_block(sequence, head, row) for blocks of rows that start at `row` of the sequence, or on_stray(batch, row)
+  // for the thread's row that lies in no sequence. `thread` counts up to kStrayRows. To be called by whole warps.
+  template <class OnBlock, class OnStray>
+  __forceinline__ void visit(uint32 unit, int32 thread, OnBlock on_block, OnStray on_stray) const {
+    const uint32 num_sequences = uint32(p.num_sequences), num_heads = uint32(kQueries ? p.num_heads : p.num_heads_kv);
+    if (unit < block_units) {
+      const uint32 first_head = unit / (section * blocks) * section, rest = unit % (section * blocks);
+      const uint32 width = min_of(section, heads - first_head);  // the last section may have fewer heads
+      const uint32 block = rest / width, linear_head = first_head + rest % width;
+      const uint32 head = linear_head % num_heads, entry = linear_head / num_heads;
+      const Sequence s = sequence_of<kBatchAxes>(p, entry / num_sequences, int32(entry % num_sequences));
+      const int32 size = kQueries ? s.q.size : s.kv.size;
+      // More than one block of rows only if max_seqlen was too small; then neighbours, as those who take turns need.
+      const int32 passes = max_of(1, int32(ceil_div(size, int64(blocks) * kBlockRows)));
+      const int32 first = int32(kLateFirst ? blocks - 1 - block : block) * passes;
+      for (int32 i = first; i < first + passes && int64(i) * kBlockRows < size; ++i)
+        on_block(s, int32(head), i * kBlockRows);
+    } else {
+      const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
+      const uint32 row_blocks = uint32(ceil_div(rows, kStrayRows)), batch = (unit - block_units) / row_blocks;
+      const int64 row = int64((unit - block_units) % row_blocks) * kStrayRows + thread;
+      const View& cu_seqlens = kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv;
+      const int32 begin = packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows);
+      const int32 end = packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(num_sequences), rows);
+      if (row < rows && (row < begin || row >= end)) on_stray(int64(batch), row);
+    }
+  }
+};
+
+// Does unit blockIdx.x with all of kThreads threads.
 template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kLateFirst, class OnBlock, class OnStray>
 __forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray) {
-  constexpr bool kQueries = kSide == Side::kQueries;
-  // 32 bits, as a grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
-  const uint32 blocks = uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
-  const uint32 num_heads = uint32(kQueries ? p.num_heads : p.num_heads_kv), num_sequences = uint32(p.num_sequences);
-  const uint32 units = blocks * num_heads * num_sequences * uint32(num_batch_entries(p));
-  if (blockIdx.x < units) {
-    const uint32 block = blockIdx.x % blocks, head = blockIdx.x / blocks % num_heads;
-    const uint32 entry = blockIdx.x / (blocks * num_heads);
-    const Sequence s = sequence_of<kBatchAxes>(p, entry / num_sequences, int32(entry % num_sequences));
-    const int32 size = kQueries ? s.q.size : s.kv.size;
-    // More than one block of rows only if max_seqlen was too small; then neighbours, as those who take turns need.
-    const int32 passes = max_of(1, int32(ceil_div(size, int64(blocks) * kBlockRows)));
-    const int32 first = int32(kLateFirst ? blocks - 1 - block : block) * passes;
-    for (int32 i = first; i < first + passes && int64(i) * kBlockRows < size; ++i) {
-      on_block(s, int32(head), i * kBlockRows);
-      __syncthreads();
-    }
-  } else {
-    const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
-    const uint32 row_blocks = uint32(ceil_div(rows, kThreads)), batch = (blockIdx.x - units) / row_blocks;
-    const int64 row = int64((blockIdx.x - units) % row_blocks) * kThreads + threadIdx.x;
-    const View& cu_seqlens = kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv;
-    const int32 begin = packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows);
-    const int32 end = packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(num_sequences), rows);
-    if (row < rows && (row < begin || row >= end)) on_stray(int64(batch), row);
-  }
+  Units<kBatchAxes, kSide, kBlockRows, kThreads, kLateFirst>(p).visit(
+      blockIdx.x, threadIdx.x,
+      [&](const Sequence& s, int32 head, int32 row) {
+        on_block(s, head, row);
+        __syncthreads();
+      },
+      on_stray);
 }
 
 }  // namespace flash

@@ -1,0 +1,308 @@
+// Attention forward for Hopper: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608). docs/hopper_forward.md says why
+// it looks as it does.
+//
+// A thread block stays on its multiprocessor and takes units of work, one after the other, from a counter. One warp of
+// its first warpgroup copies: Q, and blocks of keys and values from the last to the first, into rings of buffers. The
+// other warpgroups own 64 queries each, with their scores and their part of O, in registers. A warpgroup's softmax runs
+// beside the product P V of the block before it, and, where warpgroups take turns, beside both products of another.
+#pragma once
+
+#include "common/config.h"
+#include "common/problem.h"
+#include "kernels/ptx/atomic.cuh"
+#include "kernels/ptx/tma.cuh"
+#include "kernels/ptx/warpgroup.cuh"
+#include "kernels/tile/pipeline.cuh"
+#include "kernels/tile/rows.cuh"
+#include "kernels/tile/scores.cuh"
+#include "kernels/tile/segments.cuh"
+#include "kernels/tile/sequence.cuh"
+#include "kernels/tile/softmax.cuh"
+#include "kernels/tile/warpgroup_gemm.cuh"
+
+namespace flash::sm90 {
+
+template <KernelConfig kC>
+struct FwdStorage {
+  static constexpr int32 kWarpgroups = kC.num_warps / 4;  // that compute
+  using Q = Tile<64, kC.head_dim>;                        // of one warpgroup
+  using K = Tile<kC.block_kv, kC.head_dim>;
+  using V = Tile<kC.block_kv, kC.head_dim_v>;
+  using QRing = Ring<kWarpgroups>;
+  using KvRing = Ring<kC.num_stages>;
+  using UnitRing = Ring<2>;
+  // Offsets in bytes.
+  static constexpr int32 kQ = 0, kK = kWarpgroups * Q::kBytes, kV = kK + kC.num_stages * K::kBytes;
+  static constexpr int32 kQBarriers = kV + kC.num_stages * V::kBytes, kKBarriers = kQBarriers + QRing::kBytes;
+  static constexpr int32 kVBarriers = kKBarriers + KvRing::kBytes, kUnitBarriers = kVBarriers + KvRing::kBytes;
+  static constexpr int32 kUnits = kUnitBarriers + UnitRing::kBytes;  // two int32
+  static_assert(kUnits + 8 <= kQBarriers + kBarrierBytes && kQBarriers + kBarrierBytes == shared_bytes(kC));
+  static_assert(kC.num_warps % 4 == 0 && kC.block_q == 16 * kC.num_warps);
+};
+
+// Named barriers. Warpgroup w's turn begins at kTurn + w, its own four warps meet at kWarpgroup + w.
+enum FwdBarrier : int32 { kTurn = 1, kWarpgroup = 4 };
+
+template <KernelConfig kC>
+struct Fwd {
+  using Storage = FwdStorage<kC>;
+  static constexpr int32 kBatchAxes = kC.num_batch_axes, kWarpgroups = Storage::kWarpgroups;
+  static constexpr int32 kComputingThreads = 32 * kC.num_warps;
+  static constexpr DType kDType = kC.dtype;
+  using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, kComputingThreads, true>;
+
+  // Registers per thread of the copying warpgroup and of the others: what is left of 65536 goes to these.
+  static constexpr int32 kCopyingRegisters = kWarpgroups == 3 ? 32 : 40;
+  static constexpr int32 kComputingRegisters = kWarpgroups == 3 ? 160 : 232;
+  static_assert(kWarpgroups == 2 || kWarpgroups == 3);
+
+  static __forceinline__ void run(const HopperFwdProblem& p, char* shared) {
+    const uint32 base = ptx::shared_address(shared);
+    if (threadIdx.x == 0) {
+      Storage::QRing::init(base + Storage::kQBarriers, 4);
+      Storage::KvRing::init(base + Storage::kKBarriers, kC.num_warps);
+      Storage::KvRing::init(base + Storage::kVBarriers, kC.num_warps);
+      Storage::UnitRing::init(base + Storage::kUnitBarriers, kC.num_warps);
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      ptx::setmaxnreg_dec<kCopyingRegisters>();
+      if (threadIdx.x < 32) copy(p, shared, base);
+    } else {
+      ptx::setmaxnreg_inc<kComputingRegisters>();
+      compute(p, shared, base);
+    }
+  }
+
+  // The copying warp. Its first lane does all that touches memory.
+  static __forceinline__ void copy(const HopperFwdProblem& p, char* shared, uint32 base) {
+    const Work work(p, p.heads_per_section);
+    const bool first_lane = threadIdx.x == 0;
+    typename Storage::QRing q_ring(base + Storage::kQBarriers);
+    typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
+    typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
+    if (first_lane) {
+      ptx::prefetch_tensor_map(p.q_map);
+      ptx::prefetch_tensor_map(p.k_map);
+      ptx::prefetch_tensor_map(p.v_map);
+    }
+
+    auto load = [&]<class T>(auto& ring, int32 tile, const TensorMap& map, int32 row, int32 head, int32 batch) {
+      if (first_lane) {
+        ring.wait_empty();
+        ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytes);
+#pragma unroll
+        for (int32 panel = 0; panel < T::kPanels; ++panel)
+          ptx::tma_load(base + tile + ring.stage() * T::kBytes + panel * T::kPanelBytes, map, ring.full(),
+                        panel * T::kPanelCols, row, head, batch);
+      }
+      ring.advance();
+    };
+    auto load_block = [&](const Sequence& seq, int32 head, int32 q_row) {
+      const int32 rows = min_of(kC.block_q, seq.q.used - q_row);
+      if (rows <= 0) return;
+      KeyBlocks<kC> keys(ScoreInputs<kC>(p, seq, head), seq, q_row, rows);
+      int32 n = keys.last();
+      if (!keys.exists(n)) return;
+      const int32 kv_head = head / int32(p.num_heads / p.num_heads_kv);
+      auto coordinate = [&](const View& view) { return view.batch_stride[0] ? int32(seq.batch) : 0; };
+      const int32 k_batch = coordinate(p.k), v_batch = coordinate(p.v);
+      auto load_k = [&](int32 n) {
+        load.template operator()<typename Storage::K>(k_ring, Storage::kK, p.k_map, seq.kv.begin + n * kC.block_kv,
+                                                      kv_head, k_batch);
+      };
+      load_k(n);
+#pragma unroll
+      for (int32 w = 0; w < kWarpgroups; ++w)
+        load.template operator()<typename Storage::Q>(q_ring, Storage::kQ, p.q_map, seq.q.begin + q_row + 64 * w, head,
+                                                      int32(seq.batch));
+      while (keys.exists(n)) {
+        const int32 next = keys.below(n);
+        if (keys.exists(next)) load_k(next);
+        load.template operator()<typename Storage::V>(v_ring, Storage::kV, p.v_map, seq.kv.begin + n * kC.block_kv,
+                                                      kv_head, v_batch);
+        n = next;
+      }
+    };
+
+    const uint32 count = work.count();
+    int32* counter = static_cast<int32*>(p.next_unit.data);
+    for (uint32 unit = blockIdx.x; unit < count;) {
+      // Asked for before it is needed, lest its way through memory is waited for.
+      uint32 next = first_lane ? gridDim.x + uint32(ptx::atom_add(counter, 1)) : 0;
+      work.visit(unit, threadIdx.x, load_block, [](int64, int64) {});
+      next = __shfl_sync(~0u, next, 0);
+      if (first_lane) {
+        unit_ring.wait_empty();
+        reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()] = next;
+        ptx::mbarrier_arrive(unit_ring.full());
+      }
+      unit_ring.advance();
+      unit = next;
+    }
+  }
+
+  // A warp that computes.
+  static __forceinline__ void compute(const HopperFwdProblem& p, char* shared, uint32 base) {
+    const Work work(p, p.heads_per_section);
+    const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
+    const int32 warpgroup = thread / 128, warp_row = thread / 32 * 16;
+    typename Storage::QRing q_ring(base + Storage::kQBarriers, warpgroup);
+    typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
+    typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
+    auto release = [&](auto& ring) {
+      if (lane == 0) ring.release();
+    };
+    // Another warpgroup starts its products when this one has issued its own; the last one lets the first begin.
+    auto await_turn = [&] {
+      if constexpr (kC.ping_pong) ptx::barrier_sync(kTurn + warpgroup, 256);
+    };
+    auto pass_turn = [&] {
+      if constexpr (kC.ping_pong) ptx::barrier_arrive(kTurn + (warpgroup + 1 < kWarpgroups ? warpgroup + 1 : 0), 256);
+    };
+    if (warpgroup == kWarpgroups - 1) pass_turn();
+
+    auto attend = [&](const Sequence& seq, int32 head, int32 q_row) {
+      const int32 rows = min_of(kC.block_q, seq.q.used - q_row);  // that take part
+      const int64 o_row = seq.q.begin + q_row;
+      uint16* o_rows = address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row);
+      float* lse_rows = address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row);
+      const int32 slot_rows = min_of(kC.block_q, seq.q.size - q_row);  // that must be written
+      if (rows < slot_rows) {
+        store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, max_of(rows, 0), slot_rows, int32(p.head_dim_v));
+        for (int32 r = max_of(rows, 0) + thread; r < slot_rows; r += kComputingThreads) lse_rows[r] = -kInfinity;
+      }
+      if (rows <= 0) return;
+
+      const ScoreInputs<kC> in(p, seq, head);
+      const float factor = score_factor(in);
+      Accumulator<16, kC.head_dim_v> o;
+      SoftmaxState<2> state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
+      o.clear();
+
+      KeyBlocks<kC> keys(in, seq, q_row, rows);
+      int32 n = keys.last();
+      if (keys.exists(n)) {
+        Accumulator<16, kC.block_kv> s;
+        uint32 probs[1][kC.block_kv / 16][4];
+        float rescale[2];
+        const RowsOperand<typename Storage::Q> q(base + Storage::kQ + warpgroup * Storage::Q::kBytes);
+        auto qk_gemm = [&] {
+          const RowsOperand<typename Storage::K> k(base + Storage::kK + k_ring.stage() * Storage::K::kBytes);
+          issue_gemm<kDType, kC.head_dim, false>(s, q, k);
+        };
+        auto pv_gemm = [&](int32 n) {
+          const uint32 tile = base + Storage::kV + v_ring.stage() * Storage::V::kBytes;
+          v_ring.wait_full();
+          hide_rows_behind(p, seq, tile, n, warpgroup, thread % 128);
+          issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(tile));
+        };
+        auto finish_qk = [&] {
+          release(k_ring);
+          k_ring.advance();
+        };
+        auto finish_pv = [&] {
+          release(v_ring);
+          v_ring.advance();
+        };
+        // From raw products to weights; true if o is to be multiplied by `rescale`.
+        auto softmax = [&]<bool kMasked>(int32 n) {
+          if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
+            apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, NoBiasTile{},
+                                             [](int32, int32, int32, float) {});
+          const bool grows = online_softmax < kMasked || kDataMasks < kC >> (s, state, rescale, factor);
+          if constexpr (kC.dropout)
+            for_each_dropout_bit<false, 16, kC.block_kv>(
+                in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
+                [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
+          return grows;
+        };
+        q_ring.wait_full();
+        k_ring.wait_full();
+        qk_gemm();
+        wait_gemm<0>(s);
+        finish_qk();
+        softmax.template operator()<true>(n);  // o is 0 yet, whatever it is multiplied by
+        pack<kDType>(probs, s);
+        auto step = [&]<bool kMasked>(int32 next) {
+          k_ring.wait_full();
+          await_turn();
+          qk_gemm();
+          pv_gemm(n);
+          pass_turn();
+          wait_gemm<1>(s);
+          finish_qk();
+          const bool grows = softmax.template operator()<kMasked>(next);
+          wait_gemm<0>(o);
+          finish_pv();
+          if (grows) scale_rows(o, rescale);
+          pack<kDType>(probs, s);
+        };
+        for (int32 next = keys.below(n); keys.exists(next); next = keys.below(n)) {
+          if (keys.is_full(next))
+            step.template operator()<false>(next);
+          else
+            step.template operator()<true>(next);
+          n = next;
+        }
+        release(q_ring);
+        q_ring.next_round();
+        pv_gemm(n);
+        wait_gemm<0>(o);
+        finish_pv();
+      }
+
+      const float sink =
+          p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e : -kInfinity;
+      float normalizer[2], lse[2];
+      finish_softmax<16, kC.head_dim_v>(state, o, factor, sink, normalizer, lse);
+#pragma unroll
+      for (int32 r = 0; r < 2; ++r) {
+        const int32 row = warp_row + 8 * r + lane / 4;
+        if (lane % 4 == 0 && row < rows) lse_rows[row] = lse[r] * kLn2;
+      }
+      const float dropout_scale = 256.0f / float(p.options.keep_threshold);
+      store_rows<kDType>(o, o_rows, p.o.row_stride, warp_row, rows, int32(p.head_dim_v),
+                         [&](int32 h) { return normalizer[h] * dropout_scale; });
+    };
+    auto define_stray = [&](int64 batch, int64 row) {
+      for (int64 head = 0; head < p.num_heads; ++head) {
+        zero_row<kBatchAxes>(p, p.o, batch, head, row, p.head_dim_v);
+        *address_of<float, kBatchAxes>(p, p.lse, batch, head, row) = -kInfinity;
+      }
+    };
+
+    const uint32 count = work.count();
+    for (uint32 unit = blockIdx.x; unit < count;) {
+      work.visit(unit, thread, attend, define_stray);
+      unit_ring.wait_full();
+      unit = reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()];
+      __syncwarp();
+      release(unit_ring);
+      unit_ring.advance();
+    }
+  }
+
+  // Zeros the rows of V that lie behind the keys in use: their weights are 0, which NaN would turn into NaN. The copy
+  // engine has done so behind the end of the tensor. Each warpgroup does it for itself.
+  static __forceinline__ void hide_rows_behind(const HopperFwdProblem& p, const Sequence& seq, uint32 tile, int32 n,
+                                               int32 warpgroup, int32 thread) {
+    const int32 used = seq.kv.used - n * kC.block_kv;
+    if (used >= kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
+    using V = typename Storage::V;
+    for (int32 i = thread; i < (kC.block_kv - used) * V::kChunks * V::kPanels; i += 128)
+      ptx::st_shared_x4(tile + V::offset(used + i / (V::kChunks * V::kPanels), i % (V::kChunks * V::kPanels)), 0, 0, 0,
+                        0);
+    ptx::fence_proxy_async();
+    ptx::barrier_sync(kWarpgroup + warpgroup, 128);
+  }
+};
+
+template <KernelConfig kC>
+__forceinline__ void fwd(const HopperFwdProblem& p) {
+  extern __shared__ __align__(1024) char shared[];
+  Fwd<kC>::run(p, shared);
+}
+
+}  // namespace flash::sm90

@@ -1,0 +1,50 @@
+// Rings of buffers in shared memory, which one warp fills by the copy engine and others read.
+#pragma once
+
+#include "common/types.h"
+#include "kernels/ptx/mbarrier.cuh"
+
+namespace flash {
+
+// One party's place in a ring of kStages buffers. Each buffer has two barriers of 8 bytes: the full ones lie at
+// `barriers`, the empty ones behind them.
+template <int32 kStages>
+class Ring {
+ public:
+  static constexpr int32 kBytes = 16 * kStages;
+
+  // By one thread. A buffer is full when the one who fills it says so, and empty when `readers` have released it.
+  static __forceinline__ void init(uint32 barriers, int32 readers) {
+    for (int32 i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(barriers + 8 * i, 1);
+      ptx::mbarrier_init(barriers + 8 * (kStages + i), readers);
+    }
+  }
+
+  __forceinline__ explicit Ring(uint32 barriers, int32 stage = 0) : barriers_(barriers), stage_(stage) {}
+
+  __forceinline__ int32 stage() const { return stage_; }
+  __forceinline__ uint32 full() const { return barriers_ + 8 * stage_; }
+  __forceinline__ uint32 empty() const { return full() + 8 * kStages; }
+
+  // The filler's: the buffer may be written. All are empty at first.
+  __forceinline__ void wait_empty() const { ptx::mbarrier_wait(empty(), parity_ ^ 1); }
+  // The readers': what was copied is there, and later that this reader is done with it.
+  __forceinline__ void wait_full() const { ptx::mbarrier_wait(full(), parity_); }
+  __forceinline__ void release() const { ptx::mbarrier_arrive(empty()); }
+
+  __forceinline__ void advance() {
+    if (++stage_ < kStages) return;
+    stage_ = 0;
+    next_round();
+  }
+  // For who has to do with one buffer only.
+  __forceinline__ void next_round() { parity_ ^= 1; }
+
+ private:
+  uint32 barriers_;
+  int32 stage_;
+  uint32 parity_ = 0;
+};
+
+}  // namespace flash

@@ -1,0 +1,50 @@
+// Rows of an accumulator straight from registers to global memory.
+#pragma once
+
+#include "kernels/ptx/convert.cuh"
+#include "kernels/tile/layout.cuh"
+
+namespace flash {
+
+// Among the four lanes that share a row: lane t's words become the t-th words of the four. A transposition of 4 x 4.
+__forceinline__ void transpose_quad(uint32 (&w)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int32 i = 0; i < 4; i += 2) {
+    const uint32 received = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+    w[i] = odd ? received : w[i];
+    w[i + 1] = odd ? w[i + 1] : received;
+  }
+#pragma unroll
+  for (int32 i = 0; i < 2; ++i) {
+    const uint32 received = __shfl_xor_sync(~0u, upper ? w[i] : w[i + 2], 2);
+    w[i] = upper ? received : w[i];
+    w[i + 2] = upper ? w[i + 2] : received;
+  }
+}
+
+// Writes rows [row, row + 16) below `rows`, times factor(h) for rows lane / 4 + 8 h, to `target`, where row 0 starts.
+// A lane has 16 bytes of a row at a time, the lanes of a row 64 side by side. Columns are a multiple of 8.
+template <DType kDType, int32 kN, class Factor>
+__forceinline__ void store_rows(const Accumulator<16, kN>& c, uint16* target, int64 stride, int32 row, int32 rows,
+                                int32 cols, Factor factor) {
+  static_assert(kN % 32 == 0);
+  const int32 lane = threadIdx.x % 32, first_row = row + lane / 4, first_col = lane % 4 * 8;
+#pragma unroll
+  for (int32 h = 0; h < 2; ++h) {
+    const float f = factor(h);
+    uint16* data = target + (first_row + 8 * h) * stride + first_col;
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; n += 4) {
+      uint32 words[4];
+#pragma unroll
+      for (int32 i = 0; i < 4; ++i)
+        words[i] = ptx::pack<kDType>(c.x[0][n + i][2 * h] * f, c.x[0][n + i][2 * h + 1] * f);
+      transpose_quad(words);
+      if (first_row + 8 * h < rows && first_col + 8 * n < cols)
+        *reinterpret_cast<uint4*>(data + 8 * n) = {words[0], words[1], words[2], words[3]};
+    }
+  }
+}
+
+}  // namespace flash
