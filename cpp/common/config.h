@@ -40,7 +40,8 @@ struct KernelConfig {
   int32 block_q;
   int32 block_kv;
   int32 num_warps;   // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
-  int32 warps_d;     // backward: warps side by side along the head dim of dk and dv; the others lie along the keys
+  int32 warps_d;     // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
+                     // lie along the keys
   int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward
   bool ping_pong;    // Hopper's forward: warpgroups take turns at the tensor cores
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
@@ -85,9 +86,22 @@ static constexpr void for_each_field(Config& c, Visit visit) {
 inline constexpr int32 kRowKernelThreads = 128;
 inline constexpr int32 kRowKernelRows = 64;
 
-// Tiles in shared memory are stored in panels so wide.
-static constexpr int32 panel_cols(int32 cols) {
-  return cols % 64 == 0 ? 64 : 32;
+// Tiles in shared memory are stored in panels so wide; where `shares` warpgroups each have their part of the columns,
+// parts are whole panels.
+static constexpr int32 panel_cols(int32 cols, int32 shares = 1) {
+  return cols / shares % 64 == 0 ? 64 : 32;
+}
+
+// Hopper's backward: two warpgroups have 64 queries of dQ each, or the same 64 and half of the columns.
+static constexpr int32 column_shares_of_dq(const KernelConfig& c) {
+  return c.block_q == 64 ? 2 : 1;
+}
+// Panels of its tiles with q's head dim, and of those with v's.
+static constexpr int32 panel_cols_of_q(const KernelConfig& c) {
+  return panel_cols(c.head_dim, max_of(c.warps_d, column_shares_of_dq(c)));
+}
+static constexpr int32 panel_cols_of_v(const KernelConfig& c) {
+  return panel_cols(c.head_dim_v, c.warps_d);
 }
 
 // Threads of the main kernel.
@@ -104,9 +118,13 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 v = int64{2} * c.block_kv * c.head_dim_v;
   const int64 o = int64{2} * c.block_q * c.head_dim_v, scores = int64{2} * c.block_q * c.block_kv;
   const int64 extra = c.bias_tiled ? scores : 0;
-  if (c.family == Family::kSm90) return q + c.num_stages * (k + v) + kBarrierBytes;
-  if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + extra;
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
+  if (c.family == Family::kSm90) {
+    if (c.direction == Direction::kFwd) return q + c.num_stages * (k + v) + kBarrierBytes;
+    // Two buffers of dS, and of P where that goes through shared memory.
+    return k + v + c.num_stages * (q + o + statistics) + 2 * c.warps_d * scores + kBarrierBytes;
+  }
+  if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + extra;
   return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores + extra;
 }
 

@@ -71,17 +71,6 @@ struct FwdProblem : Problem {
   View next_unit;  // scratch of the CUDA kernels: one int32, which hands out work. Not zero when the call starts
 };
 
-// How the copy engine of a GPU reads a tensor: the driver's CUtensorMap, whose contents are its own.
-struct alignas(128) TensorMap {
-  uint64 words[16];
-};
-
-// What Hopper's forward kernel takes. Maps are of [batch, head, row, head dim].
-struct HopperFwdProblem : FwdProblem {
-  TensorMap q_map, k_map, v_map;
-  int32 heads_per_section;  // see Units
-};
-
 struct BwdProblem : Problem {
   View o, lse;
   View d_o, d_lse;  // cotangents
@@ -93,6 +82,23 @@ struct BwdProblem : Problem {
   View dq_accum;  // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh
   int64 dq_accum_elements;
   View tickets;  // [batch, head, row] int32, if deterministic: whose turn it is to add to the block that starts there
+};
+
+// How the copy engine of a GPU reads a tensor: the driver's CUtensorMap, whose contents are its own.
+struct alignas(128) TensorMap {
+  uint64 words[16];
+};
+
+// What Hopper's forward kernel takes. Maps are of [batch, head, row, head dim].
+struct HopperFwdProblem : FwdProblem {
+  TensorMap q_map, k_map, v_map;
+  int32 heads_per_section;  // see Units
+};
+
+// Likewise Hopper's backward kernel.
+struct HopperBwdProblem : BwdProblem {
+  TensorMap q_map, k_map, v_map, d_o_map;
+  int32 heads_per_section;
 };
 
 static inline int64 num_batch_entries(const Problem& p) {

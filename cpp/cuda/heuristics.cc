@@ -47,11 +47,10 @@ struct Tiling {
   bool ping_pong = false;
 };
 
-// What Hopper's forward cannot do: rows that the copy engine cannot address, keys that lie on pages, batch axes that it
+// What Hopper's kernels cannot do: rows that the copy engine cannot address, keys that lie on pages, batch axes that it
 // cannot take as one. And what is a testing aid.
 bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
-  return arch.sm == 90 && c.direction == Direction::kFwd && c.aligned && !c.paged && !c.return_softmax &&
-         c.num_batch_axes == 1;
+  return arch.sm == 90 && c.aligned && !c.paged && !c.return_softmax && c.num_batch_axes == 1;
 }
 
 // Registers bound the tiles: two warpgroups have 240 per thread, for 64 rows of O and of scores and for the weights.
@@ -75,6 +74,13 @@ Tiling fwd_tiling(const KernelConfig& c, int32 head_dim) {
   if (is_crowded(c) || head_dim > 128) return {64, 64, 4, 1, 1, 2};
   if (head_dim <= 64 && !c.bias && !c.mask && !c.segments) return {128, 128, 4, 1, 1, 2};
   return {128, 64, 4, 1, 1, 2};
+}
+
+// dK and dV of a warpgroup's 64 keys take all registers that S^T and dP^T of 64 queries leave, up to head dim 128.
+// Beyond, two warpgroups share the columns of the same 64 keys.
+Tiling hopper_bwd_tiling(int32 head_dim) {
+  if (head_dim > 128) return {64, 64, 8, 2, 2, 1};
+  return {64, 128, 8, 1, 2, 1};
 }
 
 // dK and dV of a warp's keys stay in registers; where they would not fit, warps_d warps share them.
@@ -114,10 +120,11 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   if (family != fields.end() && Family(family->second) == Family::kSm90 && is_for_hopper(c, arch))
     c.family = Family::kSm90, c.bias_tiled = false;
   const int32 larger = max_of(facts.head_dim, facts.head_dim_v);
-  const Tiling t = c.family == Family::kSm90        ? hopper_fwd_tiling(c, larger)
-                   : c.direction == Direction::kFwd ? fwd_tiling(c, larger)
-                                                    : bwd_tiling(c, larger, arch);
-  const int32 unit = t.warps_d > 2 ? 64 : 32;  // each of warps_d warps has blocks of 16 columns
+  const bool fwd = c.direction == Direction::kFwd, hopper = c.family == Family::kSm90;
+  const Tiling t = fwd ? (hopper ? hopper_fwd_tiling(c, larger) : fwd_tiling(c, larger))
+                       : (hopper ? hopper_bwd_tiling(larger) : bwd_tiling(c, larger, arch));
+  // Each of warps_d warps has blocks of 16 columns. In Hopper's backward a warpgroup has whole panels.
+  const int32 unit = t.warps_d > 2 || (hopper && !fwd) ? 64 : 32;
   c.head_dim = tiled_head_dim(facts.head_dim, unit);
   c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit);
   c.exact = c.head_dim == facts.head_dim && c.head_dim_v == facts.head_dim_v;
@@ -137,13 +144,25 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   return c;
 }
 
-int32 heads_per_section(const Problem& p) {
-  // Keys and values of a section are to stay in the L2 cache, of 50 MB, while all its blocks of queries go through
-  // them.
+namespace {
+
+// Heads whose operands, of so many bytes each, stay in the L2 cache, of 50 MB, while all blocks go through them.
+int32 heads_in_cache(int64 head_bytes, int64 heads) {
   constexpr int64 kSectionBytes = 32 << 20;
+  return int32(clamp_to<int64>(kSectionBytes / max_of<int64>(head_bytes, 1), 1, heads));
+}
+
+}  // namespace
+
+int32 heads_per_section(const FwdProblem& p) {
   const int64 group = p.num_heads / p.num_heads_kv, heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
-  const int64 head_bytes = 2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v);
-  return int32(clamp_to<int64>(kSectionBytes / max_of<int64>(head_bytes, 1), 1, heads) * group);
+  return int32(group) * heads_in_cache(2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v), heads);
+}
+
+int32 heads_per_section(const BwdProblem& p) {
+  // q and dO in 16 bits, and dq_accum in 32.
+  const int64 group = p.num_heads / p.num_heads_kv, heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
+  return heads_in_cache(2 * group * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v), heads);
 }
 
 void override_config(Fields fields) {

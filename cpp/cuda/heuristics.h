@@ -19,7 +19,9 @@ KernelConfig facts_of(const BwdProblem& problem);
 KernelConfig configure(KernelConfig facts, const Arch& arch);
 
 // How many heads of queries, of all sequences and batch entries, Hopper's kernels work on at a time.
-int32 heads_per_section(const Problem& problem);
+int32 heads_per_section(const FwdProblem& problem);
+// Likewise heads of keys in the backward.
+int32 heads_per_section(const BwdProblem& problem);
 
 // For tests and measurements: values of fields, by name, that configure() takes in place of its own choice until the
 // next call. A family that has no kernel for a config is not taken.

@@ -193,7 +193,8 @@ std::string source_of(const KernelConfig& config) {
   const std::string family = hopper ? "sm90" : "sm80";
   std::string text = fwd ? "#include \"kernels/" + family + "/fwd.cuh\"\n"
                          : "#include \"kernels/bwd_postprocess.cuh\"\n#include \"kernels/bwd_preprocess.cuh\"\n"
-                           "#include \"kernels/sm80/bwd.cuh\"\n";
+                           "#include \"kernels/" +
+                               family + "/bwd.cuh\"\n";
   text += "\nconstexpr flash::KernelConfig kConfig{\n";
   for_each_field(config, [&](const char* name, auto value) {
     text += std::string("    .") + name + " = " + literal(value) + ",\n";
@@ -203,7 +204,7 @@ std::string source_of(const KernelConfig& config) {
   const std::vector<std::string> names = entry_points(config.direction);
   if (fwd) return text + entry_point(names[0], bounds, hopper ? "HopperFwdProblem" : "FwdProblem", family + "::fwd");
   return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") +
-         entry_point(names[1], bounds, "BwdProblem", "sm80::bwd") +
+         entry_point(names[1], bounds, hopper ? "HopperBwdProblem" : "BwdProblem", family + "::bwd") +
          entry_point(names[2], "flash::kRowKernelThreads", "BwdProblem", "bwd_postprocess");
 }
 

@@ -3,6 +3,7 @@
 #include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"
+#include "cuda/tensor_map.h"
 
 namespace flash::cuda {
 
@@ -15,6 +16,22 @@ void load(const BwdProblem& problem, int32 device) {
   load(configure(facts_of(with_few_batch_axes(problem)), arch_of(device)), device);
 }
 
+namespace {
+
+void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream) {
+  HopperBwdProblem h = {p};
+  const int64 batch = num_batch_entries(p);
+  const int32 panel = panel_cols_of_q(c), panel_v = panel_cols_of_v(c);
+  h.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel, c.block_q);
+  h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);
+  h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
+  h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
+  h.heads_per_section = heads_per_section(p);
+  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h);
+}
+
+}  // namespace
+
 void launch(const BwdProblem& problem, int32 device, Stream stream) {
   const BwdProblem p = with_few_batch_axes(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));
@@ -25,8 +42,11 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   if (p.dbias.data) set_zero(p.dbias.data, 4 * p.dbias_elements, stream);
   launch(kernels.entry[0], ceil_div(rows, kRowKernelRows), kRowKernelThreads, 0, stream, &p);
   int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
-  if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, num_threads(c)) * entries;
-  launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &p);
+  if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;
+  if (c.family == Family::kSm90 && blocks > 0)
+    launch_hopper(p, c, kernels.entry[1], blocks, stream);
+  else
+    launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &p);
   blocks = ceil_div(p.max_seqlen_q, kRowKernelRows) * p.num_heads * p.num_sequences * entries;
   if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, kRowKernelThreads) * entries;
   launch(kernels.entry[2], blocks, kRowKernelThreads, 0, stream, &p);

@@ -32,6 +32,10 @@ inline int32 atom_add(int32* p, int32 x) {
   return before;
 }
 
+// compiler.cuh
+
+inline void opaque(uint32&) {}
+
 // convert.cuh
 
 #ifdef __aarch64__

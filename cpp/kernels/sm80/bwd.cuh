@@ -11,8 +11,9 @@
 
 #include "common/config.h"
 #include "common/problem.h"
-#include "kernels/ptx/atomic.cuh"
 #include "kernels/tile/copy.cuh"
+#include "kernels/tile/gradient.cuh"
+#include "kernels/tile/rows.cuh"
 #include "kernels/tile/scores.cuh"
 #include "kernels/tile/segments.cuh"
 #include "kernels/tile/sequence.cuh"
@@ -156,7 +157,8 @@ struct BwdBlock {
     Accumulator<kKeys, kC.head_dim_v / kWarpsD> dv_sum;
     dk_sum.clear();
     dv_sum.clear();
-    Turn turn;
+    Turn<kC> turn;
+    const bool keeps_turns = kC.deterministic && threadIdx.x == 0;
 
     // kMasked: the mask cuts this block. `next` is the block to be loaded, -1 for none.
     auto step = [&]<bool kMasked>(const ScoreInputs<kC>& in, int32 head, int32 block, int32 stage, int32 next) {
@@ -170,17 +172,29 @@ struct BwdBlock {
       ds.clear();
       gemm<kDType, kC.head_dim>(s, k_rows, RowsOfB<typename Storage::Q>{q_rows.reader.stage(stage)});
       gemm<kDType, kC.head_dim_v>(ds, v_rows, RowsOfB<typename Storage::O>{do_rows.reader.stage(stage)});
-      softmax_gradient<kMasked>(p, in, bias, shared, seq, head, s, ds, kv_row + key_row, q_row, query_col, stage);
+      auto pair_of = [&](int32 statistics, int32 n) {
+        return *reinterpret_cast<const float2*>(
+            shared + statistics + 4 * (stage * kC.block_q + query_col + 8 * n + int32(threadIdx.x % 4) * 2));
+      };
+      TileGradient<kC, kKeys, kQueries> gradient;
+      gradient.template weights<kMasked>(s, p, in, kv_row + key_row, q_row + query_col, bias, [&](int32 n) {
+        const float2 lse = pair_of(Storage::kLse, n);
+        return float2{lse_in_log2(lse.x), lse_in_log2(lse.y)};
+      });
+      gradient.scores(
+          ds, s, p, [&](int32 n) { return pair_of(Storage::kDelta, n); },
+          [&](const auto& ds) { add_to_dbias<kC>(p, seq, head, ds, kv_row + key_row, q_row + query_col); });
+      gradient.drop(s);
 
       auto one = [](int32, int32) { return 1.0f; };
       ds_writer.template store<kDType>(ds, one);
-      if constexpr (kC.deterministic) turn.wait(p, seq, rule, head, kv_row / kC.block_kv, q_row);
+      if (keeps_turns) turn.wait(p, seq, rule, head, kv_row / kC.block_kv, q_row);
       const ColsOfB<typename Storage::O, kWarpsD> do_operand{do_cols.reader.stage(stage)};
       const ColsOfB<typename Storage::Q, kWarpsD> q_operand{q_cols.reader.stage(stage)};
       // In the middle of the step: dS^T (and P^T) are there for all, and the bias has been read.
       auto meet = [&] {
         __syncthreads();
-        if constexpr (kC.deterministic) turn.pass_on();
+        if (keeps_turns) turn.pass_on();
         if constexpr (kC.num_stages > 1) {
           if (next >= 0) load_bias_tile(next);
           ptx::cp_async_commit();
@@ -210,7 +224,7 @@ struct BwdBlock {
       Accumulator<kDqRows, kC.head_dim / kWarpsCols> dq;
       dq.clear();
       gemm<kDType, kC.block_kv>(dq, ds_cols, k_cols);
-      add_to_dq<kMasked>(p, seq, head, dq, q_row + warp_q * kDqRows, warp_col);
+      add_to_dq<kC, kMasked, kWarpsCols>(p, seq, head, dq, q_row + warp_q * kDqRows, 16 * warp_col);
     };
     int32 stage = 0;
     for (int32 head = first_head; head < end_head; ++head) {
@@ -234,7 +248,7 @@ struct BwdBlock {
     // dk and dv leave through the memory of k and v.
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if constexpr (kC.deterministic) turn.pass_on();
+    if (keeps_turns) turn.pass_on();
     TileWriter<typename Storage::K>(base, Storage::kK, key_row, 16 * warp_d)
         .template store<kDType, kWarpsD>(dk_sum, [&](int32, int32) { return p.options.scale; });
     TileWriter<typename Storage::V>(base, Storage::kV, key_row, 16 * warp_d)
@@ -249,134 +263,13 @@ struct BwdBlock {
   static __forceinline__ void hide_rows_without_keys(uint32 base, const char* shared, int32 stage) {
     constexpr int32 kThreadsPerRow = kThreads / kC.block_q;
     const int32 row = threadIdx.x / kThreadsPerRow, part = threadIdx.x % kThreadsPerRow;
-    auto zero_row_of = [&]<class T>(int32 tile) {
-      for (int32 chunk = part; chunk < T::kCols / 8; chunk += kThreadsPerRow)
-        ptx::st_shared_x4(base + tile + stage * T::kBytes + T::offset(row, chunk), 0, 0, 0, 0);
-    };
     if (*reinterpret_cast<const float*>(shared + Storage::kLse + 4 * (stage * kC.block_q + row)) == -kInfinity) {
-      zero_row_of.template operator()<typename Storage::Q>(Storage::kQ);
-      zero_row_of.template operator()<typename Storage::O>(Storage::kDo);
+      using Q = typename Storage::Q;
+      using O = typename Storage::O;
+      zero_rows<Q>(base + Storage::kQ + stage * Q::kBytes, row, row + 1, part, kThreadsPerRow);
+      zero_rows<O>(base + Storage::kDo + stage * O::kBytes, row, row + 1, part, kThreadsPerRow);
     }
     __syncthreads();
-  }
-
-  // From raw S^T and dP^T to P^T (dropped, not yet rescaled) and dS^T (of the raw scores, but without the scale). The
-  // warp's part starts at key `key` and at query `query_col` of the block at q_row.
-  template <bool kMasked>
-  static __forceinline__ void softmax_gradient(const BwdProblem& p, const ScoreInputs<kC>& in,
-                                               const ColsOfA<BiasTile<kC>>& bias, const char* shared,
-                                               const Sequence& seq, int32 head, Accumulator<kKeys, kQueries>& s,
-                                               Accumulator<kKeys, kQueries>& ds, int32 key, int32 q_row,
-                                               int32 query_col, int32 stage) {
-    const int32 lane = threadIdx.x % 32;
-    const float factor = score_factor(in), dropout_scale = 256.0f / float(p.options.keep_threshold);
-    [[maybe_unused]] uint32 kept[kKeys / 16][(kQueries + 63) / 64] = {};  // bit 4 n + e of the fragments m
-    if constexpr (kC.dropout)
-      for_each_dropout_bit<true, kKeys, kQueries>(
-          in.dropout, p.options.keep_threshold, key, q_row + query_col,
-          [&](int32 m, int32 n, int32 e, bool keep) { kept[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
-    [[maybe_unused]] Accumulator<kC.softcap ? kKeys : 16, kC.softcap ? kQueries : 16> cap_slope;
-    if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
-      apply_scores<kC, true, kMasked>(s, p, in, key, q_row + query_col, bias, [&](int32 m, int32 n, int32 e, float y) {
-        if constexpr (kC.softcap) cap_slope.x[m][n][e] = 1.0f - y * y;
-      });
-#pragma unroll
-    for (int32 n = 0; n < kQueries / 8; ++n) {
-      const int32 at = 4 * (stage * kC.block_q + query_col + 8 * n + lane % 4 * 2);
-      const float2 lse = *reinterpret_cast<const float2*>(shared + Storage::kLse + at);
-      const float2 delta = *reinterpret_cast<const float2*>(shared + Storage::kDelta + at);
-      // Rows that see no key have -inf; subtracting +inf instead makes them zero.
-      const float base[2] = {lse.x == -kInfinity ? kInfinity : lse.x * kLog2e,
-                             lse.y == -kInfinity ? kInfinity : lse.y * kLog2e};
-      const float shift[2] = {delta.x, delta.y};
-#pragma unroll
-      for (int32 m = 0; m < kKeys / 16; ++m)
-#pragma unroll
-        for (int32 e = 0; e < 4; ++e) {
-          const float prob = ptx::ex2_approx(s.x[m][n][e] * factor - base[e % 2]);
-          float d_prob = ds.x[m][n][e];
-          s.x[m][n][e] = prob;
-          if constexpr (kC.dropout) {
-            const bool keep = kept[m][n / 8] >> (n % 8 * 4 + e) & 1;
-            d_prob = keep ? d_prob * dropout_scale : 0.0f;
-            s.x[m][n][e] = keep ? prob : 0.0f;
-          }
-          ds.x[m][n][e] = prob * (d_prob - shift[e % 2]);
-        }
-    }
-    if constexpr (kC.bias) add_to_dbias(p, seq, head, ds, key, q_row + query_col);
-    if constexpr (kC.softcap) {
-#pragma unroll
-      for (int32 m = 0; m < kKeys / 16; ++m)
-#pragma unroll
-        for (int32 n = 0; n < kQueries / 8; ++n)
-#pragma unroll
-          for (int32 e = 0; e < 4; ++e) ds.x[m][n][e] *= cap_slope.x[m][n][e];
-    }
-  }
-
-  // If deterministic, the blocks of keys that a block of queries sees add to dq in turn. One thread keeps the turns;
-  // the others follow it through the barrier in the middle of a step. It passes a turn on at that barrier of the next
-  // step, when the additions have long arrived and cost no wait.
-  struct Turn {
-    int32* held = nullptr;
-
-    __forceinline__ void wait(const BwdProblem& p, const Sequence& seq, const MaskRule& rule, int32 head,
-                              int32 kv_block, int32 q_row) {
-      if (threadIdx.x != 0) return;
-      ticket = address_of<int32, kBatchAxes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
-      const int32 last_row = min_of(q_row + kC.block_q, rule.seqlen_q);
-      const int32 number = kv_block - visible_keys(rule, q_row, last_row).begin / kC.block_kv;
-      while (ptx::ld_acquire(ticket) != number) {
-      }
-    }
-    // Behind a barrier, which all additions precede.
-    __forceinline__ void pass_on() {
-      if (threadIdx.x != 0) return;
-      if (held) {
-        __threadfence();
-        ptx::red_release_add(held, 1);
-      }
-      held = ticket;
-    }
-
-   private:
-    int32* ticket = nullptr;
-  };
-
-  // Adds the block's share to dq_accum, from query `q_row` of the sequence on.
-  template <bool kMasked>
-  static __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 head,
-                                        const Accumulator<kC.block_q / kWarpsQ, kC.head_dim / kWarpsCols>& dq,
-                                        int32 q_row, int32 warp_col) {
-    const int32 row_floats = int32(p.dq_accum.row_stride), first_tile = 2 * warp_col;
-    float* target = accum_block_of<kBatchAxes>(p, seq, head, q_row) + first_tile * 128 + threadIdx.x % 32 * 4;
-#pragma unroll
-    for (int32 m = 0; m < kC.block_q / kWarpsQ / 16; ++m)
-#pragma unroll
-      for (int32 n = 0; n < kC.head_dim / kWarpsCols / 8; ++n) {
-        const int32 tile = dealt_column<kWarpsCols>(n) / 8;
-        const float(&x)[4] = dq.x[m][n];
-        if ((!kMasked || q_row + 16 * m < seq.q.used) && (kC.exact || (first_tile + tile) * 128 < row_floats))
-          ptx::red_add_x4(target + m * row_floats + tile * 128, x[0], x[1], x[2], x[3]);
-      }
-  }
-
-  // Adds dS^T to the bias gradient, whose shape may broadcast.
-  static __forceinline__ void add_to_dbias(const BwdProblem& p, const Sequence& seq, int64 head,
-                                           const Accumulator<kKeys, kQueries>& ds, int32 row, int32 col) {
-    float* dbias = address_of<float, kBatchAxes>(p, p.dbias, seq.batch, head, 0);
-    const int32 lane = threadIdx.x % 32;
-#pragma unroll
-    for (int32 m = 0; m < kKeys / 16; ++m)
-#pragma unroll
-      for (int32 n = 0; n < kQueries / 8; ++n)
-#pragma unroll
-        for (int32 e = 0; e < 4; ++e) {
-          const int64 j = row + 16 * m + e / 2 * 8 + lane / 4, i = col + 8 * n + lane % 4 * 2 + e % 2;
-          if (i < seq.q.used && j < seq.kv.used)
-            ptx::red_add(dbias + i * p.dbias.row_stride + j * p.dbias.col_stride, ds.x[m][n][e]);
-        }
   }
 };
 

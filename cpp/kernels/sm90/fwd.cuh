@@ -147,7 +147,7 @@ struct Fwd {
   static __forceinline__ void compute(const HopperFwdProblem& p, char* shared, uint32 base) {
     const Work work(p, p.heads_per_section);
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
-    const int32 warpgroup = thread / 128, warp_row = thread / 32 * 16;
+    const int32 warpgroup = uniform(thread / 128), warp_row = thread / 32 * 16;
     typename Storage::QRing q_ring(base + Storage::kQBarriers, warpgroup);
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
     typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
@@ -290,10 +290,7 @@ struct Fwd {
                                                int32 warpgroup, int32 thread) {
     const int32 used = seq.kv.used - n * kC.block_kv;
     if (used >= kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
-    using V = typename Storage::V;
-    for (int32 i = thread; i < (kC.block_kv - used) * V::kChunks * V::kPanels; i += 128)
-      ptx::st_shared_x4(tile + V::offset(used + i / (V::kChunks * V::kPanels), i % (V::kChunks * V::kPanels)), 0, 0, 0,
-                        0);
+    zero_rows<typename Storage::V>(tile, used, kC.block_kv, thread, 128);
     ptx::fence_proxy_async();
     ptx::barrier_sync(kWarpgroup + warpgroup, 128);
   }

@@ -11,10 +11,10 @@ namespace flash {
 
 // A [kRows, kCols] matrix in panels of 64 columns (or 32, where 64 does not divide). A panel's row is 128 (64) bytes,
 // in chunks of 16 whose position is XORed with the row's number. These are TMA's 128 and 64-byte swizzles.
-template <int32 kRowCount, int32 kColCount>
+template <int32 kRowCount, int32 kColCount, int32 kPanelColCount = panel_cols(kColCount)>
 struct Tile {
   static constexpr int32 kRows = kRowCount, kCols = kColCount;
-  static constexpr int32 kPanelCols = panel_cols(kCols);
+  static constexpr int32 kPanelCols = kPanelColCount;
   static constexpr int32 kPanels = kCols / kPanelCols;
   static constexpr int32 kChunks = kPanelCols / 8;  // per row of a panel
   static constexpr int32 kRowBytes = 2 * kPanelCols;
@@ -200,6 +200,16 @@ struct TileWriter {
           ptx::st_shared(place.at(16 * m + 8 * h, dealt_column<kGroups>(n)),
                          ptx::pack<kDType>(c.x[m][n][2 * h] * f, c.x[m][n][2 * h + 1] * f));
       }
+  }
+  // Writes fragments as pack() leaves them.
+  template <int32 kM, int32 kN>
+  __forceinline__ void store(const uint32 (&a)[kM][kN][4]) const {
+#pragma unroll
+    for (int32 m = 0; m < kM; ++m)
+#pragma unroll
+      for (int32 n = 0; n < kN; ++n)
+#pragma unroll
+        for (int32 i = 0; i < 4; ++i) ptx::st_shared(place.at(16 * m + i % 2 * 8, 16 * n + i / 2 * 8), a[m][n][i]);
   }
 };
 

@@ -13,10 +13,10 @@ class Ring {
  public:
   static constexpr int32 kBytes = 16 * kStages;
 
-  // By one thread. A buffer is full when the one who fills it says so, and empty when `readers` have released it.
-  static __forceinline__ void init(uint32 barriers, int32 readers) {
+  // By one thread. A buffer is full when all who fill it say so, and empty when all readers have released it.
+  static __forceinline__ void init(uint32 barriers, int32 readers, int32 fillers = 1) {
     for (int32 i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(barriers + 8 * i, 1);
+      ptx::mbarrier_init(barriers + 8 * i, fillers);
       ptx::mbarrier_init(barriers + 8 * (kStages + i), readers);
     }
   }

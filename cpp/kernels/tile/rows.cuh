@@ -1,4 +1,4 @@
-// Rows of an accumulator straight from registers to global memory.
+// Rows of tiles: of accumulators, straight from registers to global memory, and of shared memory, zeroed.
 #pragma once
 
 #include "kernels/ptx/convert.cuh"
@@ -45,6 +45,14 @@ __forceinline__ void store_rows(const Accumulator<16, kN>& c, uint16* target, in
         *reinterpret_cast<uint4*>(data + 8 * n) = {words[0], words[1], words[2], words[3]};
     }
   }
+}
+
+// Zeros rows [row, row_end) of a tile in shared memory, by `threads` threads of which this one is `thread`.
+template <class T>
+__forceinline__ void zero_rows(uint32 tile, int32 row, int32 row_end, int32 thread, int32 threads) {
+  constexpr int32 kChunksOfRow = T::kCols / 8;
+  for (int32 i = thread; i < (row_end - row) * kChunksOfRow; i += threads)
+    ptx::st_shared_x4(tile + T::offset(row + i / kChunksOfRow, i % kChunksOfRow), 0, 0, 0, 0);
 }
 
 }  // namespace flash

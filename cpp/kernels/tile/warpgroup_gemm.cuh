@@ -2,41 +2,56 @@
 // for each of the four warps.
 #pragma once
 
+#include "kernels/ptx/compiler.cuh"
 #include "kernels/ptx/wgmma.cuh"
 #include "kernels/tile/layout.cuh"
 
 namespace flash {
 
-// Fields of a matrix descriptor (PTX ISA, "Matrix descriptor format"): places and strides in units of 16 bytes, and the
-// swizzle, which is that of Tile. `leading` is the stride between panels, for operands that are stored with their
-// rows along k; operands whose rows lie along m or n stay within a panel and do not use it.
+// A matrix descriptor (PTX ISA, "Matrix descriptor format"). Places and strides count 16 bytes. `leading`, the stride
+// between panels, is for operands that are stored with their rows along k; those whose rows lie along m or n stay
+// within a panel and do not use it. The upper half is a constant, so that moving on is one addition of 32 bits.
 template <class T>
-__forceinline__ uint64 matrix_descriptor(uint32 address) {
-  constexpr uint64 leading = T::kPanelBytes / 16, eight_rows = 8 * T::kRowBytes / 16,
-                   swizzle = T::kPanelCols == 64 ? 1 : 2;  // of 128 or of 64 bytes
-  static_assert(T::kRows % 8 == 0 && T::kPanelBytes % 1024 == 0 && leading < (1 << 14));
-  return uint64{(address & 0x3FFFF) >> 4} | leading << 16 | eight_rows << 32 | swizzle << 62;
-}
+struct MatrixDescriptor {
+  static constexpr uint32 kLeading = T::kPanelBytes / 16, kEightRows = 8 * T::kRowBytes / 16;
+  static constexpr uint32 kSwizzle = T::kPanelCols == 64 ? 1 : 2;  // of 128 or of 64 bytes
+  static_assert(T::kPanelBytes % 1024 == 0 && kLeading < (1 << 14));
+  uint32 lower;
 
-// A or B whose rows lie along m or n: Q and K in Q K^T. at(k) is the part of 16 columns from k on.
-template <class T>
-struct RowsOperand {
-  static constexpr bool kTransposed = false;
-  uint64 descriptor;
-  __forceinline__ explicit RowsOperand(uint32 tile) : descriptor(matrix_descriptor<T>(tile)) {}
-  __forceinline__ uint64 at(int32 k) const {
-    return descriptor + (k / T::kPanelCols * T::kPanelBytes + k % T::kPanelCols * 2) / 16;
+  __forceinline__ explicit MatrixDescriptor(uint32 address) : lower(address / 16 | kLeading << 16) {
+    // All descriptors of a loop at once, computed in front of it, would take more registers than there are.
+    ptx::opaque(lower);
+  }
+  __forceinline__ uint64 plus(int32 bytes) const {
+    return uint64{kEightRows | kSwizzle << 30} << 32 | (lower + bytes / 16);
   }
 };
 
-// B whose rows lie along k: V in P V.
+// A or B whose rows lie along m or n, from row `row` on: Q and K in Q K^T. at(k) is the part of 16 columns from k on.
+template <class T>
+struct RowsOperand {
+  static constexpr bool kTransposed = false;
+  MatrixDescriptor<T> descriptor;
+  __forceinline__ explicit RowsOperand(uint32 tile, int32 row = 0) : descriptor(tile + row * T::kRowBytes) {}
+  __forceinline__ uint64 at(int32 k) const {
+    return descriptor.plus(k / T::kPanelCols * T::kPanelBytes + k % T::kPanelCols * 2);
+  }
+};
+
+// A or B whose rows lie along k, from column `col` on, where a panel starts: V in P V.
 template <class T>
 struct ColsOperand {
   static constexpr bool kTransposed = true;
-  uint64 descriptor;
-  __forceinline__ explicit ColsOperand(uint32 tile) : descriptor(matrix_descriptor<T>(tile)) {}
-  __forceinline__ uint64 at(int32 k) const { return descriptor + k * T::kRowBytes / 16; }
+  MatrixDescriptor<T> descriptor;
+  __forceinline__ explicit ColsOperand(uint32 tile, int32 col = 0)
+      : descriptor(tile + col / T::kPanelCols * T::kPanelBytes) {}
+  __forceinline__ uint64 at(int32 k) const { return descriptor.plus(k * T::kRowBytes); }
 };
+
+// A value that is the same in all lanes, so that the compiler knows it: descriptors are to be in uniform registers.
+__forceinline__ int32 uniform(int32 x) {
+  return __shfl_sync(~0u, x, 0);
+}
 
 // Issues c = a b over kK, or c += a b if kAccumulate, as one group.
 template <DType kDType, int32 kK, bool kAccumulate, int32 kN, class A, class B>

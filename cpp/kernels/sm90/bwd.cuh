@@ -1,0 +1,374 @@
+// Attention backward for Hopper: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608), with the scores transposed.
+// docs/hopper_backward.md says why it looks as it does.
+//
+// A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all query
+// heads of the group. One warp copies Q and dO into rings of buffers, another one lse and delta. Two warpgroups
+// compute. With warps_d = 1 each owns 64 keys: P^T and dS^T are left operands straight from registers, and only dS^T
+// goes through shared memory too, for dQ = dS K. With warps_d = 2, for large head dims, both work on the same 64 keys:
+// on half of the queries each in S^T and dP^T, on half of the columns in dK, dV and dQ, with P^T and dS^T from shared
+// memory.
+//
+// dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of it.
+#pragma once
+
+#include "common/config.h"
+#include "common/problem.h"
+#include "kernels/ptx/tma.cuh"
+#include "kernels/ptx/warpgroup.cuh"
+#include "kernels/tile/gradient.cuh"
+#include "kernels/tile/pipeline.cuh"
+#include "kernels/tile/rows.cuh"
+#include "kernels/tile/scores.cuh"
+#include "kernels/tile/segments.cuh"
+#include "kernels/tile/sequence.cuh"
+#include "kernels/tile/warpgroup_gemm.cuh"
+
+namespace flash::sm90 {
+
+template <KernelConfig kC>
+struct BwdStorage {
+  using K = Tile<kC.block_kv, kC.head_dim, panel_cols_of_q(kC)>;
+  using V = Tile<kC.block_kv, kC.head_dim_v, panel_cols_of_v(kC)>;
+  using Q = Tile<kC.block_q, kC.head_dim, panel_cols_of_q(kC)>;
+  using O = Tile<kC.block_q, kC.head_dim_v, panel_cols_of_v(kC)>;
+  using S = Tile<kC.block_kv, kC.block_q>;
+  using Stages = Ring<kC.num_stages>;
+  // Offsets in bytes. Two buffers of dS^T and, if warps_d = 2, of P^T.
+  static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
+  static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + 2 * S::kBytes;
+  static constexpr int32 kLse = kP + (kC.warps_d == 2 ? 2 * S::kBytes : 0);
+  static constexpr int32 kDelta = kLse + kC.num_stages * 4 * kC.block_q;
+  static constexpr int32 kRowBarriers = kDelta + kC.num_stages * 4 * kC.block_q;  // of q, dO, lse and delta
+  static constexpr int32 kKvBarriers = kRowBarriers + Stages::kBytes;
+  static_assert(kKvBarriers + Ring<1>::kBytes <= kRowBarriers + kBarrierBytes);
+  static_assert(kRowBarriers + kBarrierBytes == shared_bytes(kC));
+};
+
+enum BwdBarrier : int32 { kScoresWritten = 1, kOwnWarpgroup = 2 };
+
+template <KernelConfig kC>
+struct Bwd {
+  using Storage = BwdStorage<kC>;
+  static constexpr int32 kBatchAxes = kC.num_batch_axes, kD = kC.warps_d;
+  static constexpr int32 kComputingThreads = 256;
+  static constexpr int32 kQueries = kC.block_q / kD;  // of a warpgroup's part of S^T
+  static constexpr int32 kDqShares = column_shares_of_dq(kC);
+  static constexpr DType kDType = kC.dtype;
+  static constexpr int32 kCopyingRegisters = 32, kComputingRegisters = 240;
+  static_assert(kC.num_warps == 8 && kC.block_kv == (kD == 1 ? 128 : 64) && (kC.block_q == 64 || kC.block_q == 128));
+  static_assert(kD == 1 || kC.block_q == 64);
+  static_assert(kC.num_stages == 2, "a stage is also one of two buffers of dS^T");
+
+  // One block of keys, from row `kv_row` of the sequence on.
+  struct Block {
+    const Sequence& seq;
+    int32 kv_head, kv_row, keys;
+    MaskRule rule;
+    int32 first_head, end_head;
+    int32 first, end, full_begin, full_end;  // blocks of queries, as in BlockRange
+
+    __forceinline__ Block(const HopperBwdProblem& p, const Sequence& s, int32 head, int32 row)
+        : seq(s), kv_head(head), kv_row(row), keys(min_of(kC.block_kv, s.kv.used - row)), rule(mask_rule_of(p, s)) {
+      const int32 group = int32(p.num_heads / p.num_heads_kv);
+      first_head = head * group, end_head = first_head + group;
+      const Range any = {visible_rows(rule, row).begin, visible_rows(rule, row + max_of(keys, 1) - 1).end};
+      const Range all = {visible_rows(rule, row + kC.block_kv - 1).begin, visible_rows(rule, row).end};
+      first = any.begin / kC.block_q, end = any.begin < any.end ? (any.end - 1) / kC.block_q + 1 : first;
+      full_begin = int32(ceil_div(all.begin, kC.block_q)), full_end = all.end / kC.block_q;
+    }
+
+    // Whether no query sees the keys.
+    __forceinline__ bool is_empty() const { return keys <= 0 || first >= end; }
+
+    // Calls visit(head, block, is_full) for all heads and blocks of queries that may see the keys.
+    template <class Visit>
+    __forceinline__ void for_each_step(const HopperBwdProblem& p, Visit visit) const {
+      // Deterministic blocks take turns, so that none may stay away.
+      const ScoreInputs<kC> in(p, seq, first_head);
+      typename FilterOf<kC.segments && !kC.deterministic, kC.block_q>::Type filter(
+          in.kv_segments, kv_row, kv_row + keys, in.q_segments, seq.q.used);
+      for (int32 head = first_head; head < end_head; ++head)
+        for (int32 block = first; block < end; ++block)
+          if (filter.may_see(block)) visit(head, block, full_begin <= block && block < full_end);
+    }
+  };
+
+  static __forceinline__ void run(const HopperBwdProblem& p, char* shared) {
+    const uint32 base = ptx::shared_address(shared);
+    if (threadIdx.x == 0) {
+      // Two warps fill a stage: one with q and dO, one with lse and delta.
+      Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps, 2);
+      Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      ptx::setmaxnreg_dec<kCopyingRegisters>();
+      if (threadIdx.x < 32)
+        copy(p, base);
+      else if (threadIdx.x < 64)
+        copy_statistics(p, shared, base);
+    } else {
+      ptx::setmaxnreg_inc<kComputingRegisters>();
+      compute(p, shared, base);
+    }
+  }
+
+  // Calls on_block(block) for the thread block's unit of work, in practice once, or on_stray(batch, row).
+  template <class OnBlock, class OnStray>
+  static __forceinline__ void visit_unit(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray) {
+    Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, false>(p, p.heads_per_section)
+        .visit(
+            blockIdx.x, thread, [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); },
+            on_stray);
+  }
+
+  // The copying warp. Its first lane does all that touches memory.
+  static __forceinline__ void copy(const HopperBwdProblem& p, uint32 base) {
+    typename Storage::Stages rows(base + Storage::kRowBarriers);
+    Ring<1> kv_ring(base + Storage::kKvBarriers);
+    const bool first_lane = threadIdx.x == 0;
+    auto copy_block = [&](const Block& block) {
+      if (block.is_empty()) return;
+      const Sequence& seq = block.seq;
+      auto load = [&]<class T>(int32 tile, uint32 barrier, const TensorMap& map, const View& view, int32 row,
+                               int32 head) {
+        const int32 batch = view.batch_stride[0] ? int32(seq.batch) : 0;
+#pragma unroll
+        for (int32 panel = 0; panel < T::kPanels; ++panel)
+          ptx::tma_load(base + tile + panel * T::kPanelBytes, map, barrier, panel * T::kPanelCols, row, head, batch);
+      };
+      if (first_lane) {
+        const int32 row = seq.kv.begin + block.kv_row;
+        kv_ring.wait_empty();
+        ptx::mbarrier_arrive_expect_tx(kv_ring.full(), Storage::K::kBytes + Storage::V::kBytes);
+        load.template operator()<typename Storage::K>(Storage::kK, kv_ring.full(), p.k_map, p.k, row, block.kv_head);
+        load.template operator()<typename Storage::V>(Storage::kV, kv_ring.full(), p.v_map, p.v, row, block.kv_head);
+      }
+      kv_ring.advance();
+      block.for_each_step(p, [&](int32 head, int32 n, bool) {
+        if (first_lane) {
+          const int32 row = seq.q.begin + n * kC.block_q;
+          rows.wait_empty();
+          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + Storage::O::kBytes);
+          load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
+                                                        p.q_map, p.q, row, head);
+          load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, rows.full(),
+                                                        p.d_o_map, p.d_o, row, head);
+        }
+        rows.advance();
+      });
+    };
+    visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
+  }
+
+  // The warp that brings lse, in units of log2, and delta. The copy engine cannot: rows need not start on 16 bytes.
+  static __forceinline__ void copy_statistics(const HopperBwdProblem& p, char* shared, uint32 base) {
+    typename Storage::Stages rows(base + Storage::kRowBarriers);
+    const int32 lane = threadIdx.x % 32;
+    auto copy_block = [&](const Block& block) {
+      if (block.is_empty()) return;
+      const Sequence& seq = block.seq;
+      block.for_each_step(p, [&](int32 head, int32 n, bool) {
+        const int32 row = n * kC.block_q;
+        const float* lse = address_of<const float, kBatchAxes>(p, p.lse, seq.batch, head, seq.q.begin);
+        const float* delta = address_of<const float, kBatchAxes>(p, p.delta, seq.batch, head, seq.q.begin);
+        float x[kC.block_q / 32], y[kC.block_q / 32];
+#pragma unroll
+        for (int32 i = 0; i < kC.block_q / 32; ++i) {
+          const int32 at = row + 32 * i + lane;
+          x[i] = at < seq.q.used ? lse_in_log2(lse[at]) : kNoKey;
+          y[i] = at < seq.q.used ? delta[at] : 0.0f;
+        }
+        rows.wait_empty();
+        float* target = reinterpret_cast<float*>(shared + Storage::kLse) + rows.stage() * kC.block_q + lane;
+#pragma unroll
+        for (int32 i = 0; i < kC.block_q / 32; ++i) {
+          target[32 * i] = x[i];
+          target[32 * i + (Storage::kDelta - Storage::kLse) / 4] = y[i];
+        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(rows.full());
+        rows.advance();
+      });
+    };
+    visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
+  }
+
+  // A warp that computes.
+  static __forceinline__ void compute(const HopperBwdProblem& p, char* shared, uint32 base) {
+    typename Storage::Stages rows(base + Storage::kRowBarriers);
+    Ring<1> kv_ring(base + Storage::kKvBarriers);
+    const int32 warpgroup = uniform(int32(threadIdx.x) / 128 - 1);
+    visit_unit(
+        p, int32(threadIdx.x) - 128,
+        [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rows, kv_ring); },
+        [&](int64 batch, int64 row) {
+          for (int64 head = 0; head < p.num_heads_kv; ++head) {
+            zero_row<kBatchAxes>(p, p.dk, batch, head, row, p.head_dim);
+            zero_row<kBatchAxes>(p, p.dv, batch, head, row, p.head_dim_v);
+          }
+        });
+  }
+
+  static __forceinline__ void compute_block(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
+                                            int32 warpgroup, typename Storage::Stages& rows, Ring<1>& kv_ring) {
+    const Sequence& seq = block.seq;
+    const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
+    const int32 warp_in_group = thread % 128 / 32;
+    const int32 kv_row = block.kv_row, keys = block.keys;
+    // Places of the warpgroup in S^T, of the warp among its keys, and of the warpgroup in dK, dV and dQ.
+    const int32 key_row = kD == 1 ? 64 * warpgroup : 0, query_col = kD == 2 ? kQueries * warpgroup : 0;
+    const int32 warp_key = key_row + 16 * warp_in_group;
+    const int32 dk_col = kD == 2 ? kC.head_dim / 2 * warpgroup : 0,
+                dv_col = kD == 2 ? kC.head_dim_v / 2 * warpgroup : 0;
+    const int32 dq_row = kDqShares == 1 ? 64 * warpgroup : 0, dq_col = kDqShares == 2 ? kC.head_dim / 2 * warpgroup : 0;
+
+    auto target = [&](const View& view) {
+      return address_of<uint16, kBatchAxes>(p, view, seq.batch, block.kv_head, seq.kv.begin + kv_row);
+    };
+    const int32 slot_rows = min_of(kC.block_kv, seq.kv.size - kv_row);  // that must be written
+    if (keys < slot_rows) {
+      store_zeros<kComputingThreads>(thread, target(p.dk), p.dk.row_stride, max_of(keys, 0), slot_rows,
+                                     int32(p.head_dim));
+      store_zeros<kComputingThreads>(thread, target(p.dv), p.dv.row_stride, max_of(keys, 0), slot_rows,
+                                     int32(p.head_dim_v));
+    }
+    if (keys <= 0) return;
+
+    Accumulator<16, kC.head_dim / kD> dk_sum;
+    Accumulator<16, kC.head_dim_v / kD> dv_sum;
+    dk_sum.clear();
+    dv_sum.clear();
+    if (!block.is_empty()) {
+      auto release = [&](auto& ring) {
+        if (lane == 0) ring.release();
+        ring.advance();
+      };
+      kv_ring.wait_full();
+      hide_keys_behind(p, seq, base, kv_row, keys, thread);
+
+      using K = typename Storage::K;
+      using V = typename Storage::V;
+      using Q = typename Storage::Q;
+      using O = typename Storage::O;
+      using S = typename Storage::S;
+      Accumulator<16, kQueries> s, ds;
+      uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
+      Accumulator<16, kC.head_dim / kDqShares> dq;
+      Turn<kC> turn;
+      const bool keeps_turns = kC.deterministic && thread == 0;
+
+      auto step = [&]<bool kMasked>(const ScoreInputs<kC>& in, int32 head, int32 n) {
+        const int32 q_row = n * kC.block_q, key = kv_row + warp_key, query = q_row + query_col;
+        const int32 stage = rows.stage();
+        const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
+        const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
+        const int32 statistics = 4 * (stage * kC.block_q + query_col + lane % 4 * 2);
+        auto pair_of = [&](int32 offset, int32 i) {
+          return *reinterpret_cast<const float2*>(shared + offset + statistics + 32 * i);
+        };
+        rows.wait_full();
+        if constexpr (kMasked || kDataMasks<kC>)
+          hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
+        issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
+                                               RowsOperand<Q>(q_tile, query_col));
+        issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
+                                                 RowsOperand<O>(do_tile, query_col));
+        TileGradient<kC, 16, kQueries> gradient;
+        wait_gemm<1>(s);
+        gradient.template weights<kMasked>(s, p, in, key, query, NoBiasTile{},
+                                           [&](int32 i) { return pair_of(Storage::kLse, i); });
+        if constexpr (kD == 1) {
+          Accumulator<16, kQueries> kept = s;
+          gradient.drop(kept);
+          pack<kDType>(probs, kept);
+          issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(do_tile));
+          wait_gemm<1>(ds);
+        } else {
+          wait_gemm<0>(ds);
+        }
+        gradient.scores(
+            ds, s, p, [&](int32 i) { return pair_of(Storage::kDelta, i); },
+            [&](const auto& x) { add_to_dbias<kC>(p, seq, head, x, key, query); });
+        pack<kDType>(dscores, ds);
+        const int32 ds_tile = Storage::kDs + stage * S::kBytes;
+        TileWriter<S>(base, ds_tile, warp_key, query_col).store(dscores);
+        [[maybe_unused]] const int32 p_tile = Storage::kP + stage * S::kBytes;
+        if constexpr (kD == 2) {
+          gradient.drop(s);
+          pack<kDType>(probs, s);
+          TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
+        }
+        ptx::fence_proxy_async();
+        if (keeps_turns) turn.wait(p, seq, block.rule, head, kv_row / kC.block_kv, q_row);
+        // All have written dS^T (and P^T), and are done with what was in the other buffer.
+        ptx::barrier_sync(kScoresWritten, kComputingThreads);
+        if (keeps_turns) turn.pass_on();
+        issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<S>(base + ds_tile, dq_row),
+                                               ColsOperand<K>(base + Storage::kK, dq_col));
+        if constexpr (kD == 1) {
+          issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(q_tile));
+        } else {
+          issue_gemm<kDType, kC.block_q, true>(dv_sum, RowsOperand<S>(base + p_tile), ColsOperand<O>(do_tile, dv_col));
+          issue_gemm<kDType, kC.block_q, true>(dk_sum, RowsOperand<S>(base + ds_tile), ColsOperand<Q>(q_tile, dk_col));
+        }
+        wait_gemm<kD>(dq);
+        add_to_dq<kC, kMasked, 1>(p, seq, head, dq, q_row + dq_row + 16 * warp_in_group, dq_col);
+        wait_gemm<0>(dk_sum);
+        ptx::settled(dv_sum.x[0]);
+        release(rows);
+      };
+      block.for_each_step(p, [&](int32 head, int32 n, bool is_full) {
+        const ScoreInputs<kC> in(p, seq, head);
+        if (is_full)
+          step.template operator()<false>(in, head, n);
+        else
+          step.template operator()<true>(in, head, n);
+      });
+      release(kv_ring);
+      if constexpr (kC.deterministic) {
+        ptx::barrier_sync(kScoresWritten, kComputingThreads);  // all additions
+        if (keeps_turns) turn.pass_on();
+      }
+    }
+    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
+    store_rows<kDType>(dk_sum, target(p.dk) + dk_col, p.dk.row_stride, warp_key, keys, int32(p.head_dim) - dk_col,
+                       [&](int32) { return p.options.scale; });
+    store_rows<kDType>(dv_sum, target(p.dv) + dv_col, p.dv.row_stride, warp_key, keys, int32(p.head_dim_v) - dv_col,
+                       [&](int32) { return dropout_scale; });
+  }
+
+  // Zeros the rows of K and V that lie behind the keys in use: where dS is 0, NaN would make NaN of it. The copy engine
+  // has done so behind the end of the tensor.
+  static __forceinline__ void hide_keys_behind(const HopperBwdProblem& p, const Sequence& seq, uint32 base,
+                                               int32 kv_row, int32 keys, int32 thread) {
+    if (keys == kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
+    zero_rows<typename Storage::K>(base + Storage::kK, keys, kC.block_kv, thread, kComputingThreads);
+    zero_rows<typename Storage::V>(base + Storage::kV, keys, kC.block_kv, thread, kComputingThreads);
+    ptx::fence_proxy_async();
+    ptx::barrier_sync(kScoresWritten, kComputingThreads);
+  }
+
+  // Zeros the rows of q and dO that see no key, or lie behind the sequence: they have no gradient, and what stands
+  // there would be NaN also when multiplied by their weights of 0. Each warpgroup does it for itself.
+  static __forceinline__ void hide_rows_without_keys(const char* shared, uint32 q_tile, uint32 do_tile, int32 stage,
+                                                     int32 warpgroup, int32 thread) {
+    constexpr int32 kThreadsPerRow = 128 / kC.block_q;
+    const int32 row = thread / kThreadsPerRow;
+    if (*reinterpret_cast<const float*>(shared + Storage::kLse + 4 * (stage * kC.block_q + row)) == kNoKey) {
+      zero_rows<typename Storage::Q>(q_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
+      zero_rows<typename Storage::O>(do_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
+      ptx::fence_proxy_async();
+    }
+    ptx::barrier_sync(kOwnWarpgroup + warpgroup, 128);
+  }
+};
+
+template <KernelConfig kC>
+__forceinline__ void bwd(const HopperBwdProblem& p) {
+  extern __shared__ __align__(1024) char shared[];
+  Bwd<kC>::run(p, shared);
+}
+
+}  // namespace flash::sm90

@@ -1,0 +1,160 @@
+// The backward's arithmetic on a tile of S^T and dP^T (rows are keys): weights from scores, then the gradient of the
+// scores; the bias gradient; and the turns in which thread blocks add to dq.
+#pragma once
+
+#include "common/config.h"
+#include "kernels/ptx/atomic.cuh"
+#include "kernels/tile/scores.cuh"
+
+namespace flash {
+
+// In place of the lse of rows that see no key, so that 2^(s - lse) is 0 whatever s.
+inline constexpr float kNoKey = kInfinity;
+
+__forceinline__ float lse_in_log2(float lse) {
+  return lse == -kInfinity ? kNoKey : lse * kLog2e;
+}
+
+template <KernelConfig kC, int32 kM, int32 kN>
+class TileGradient {
+ public:
+  // Raw products become weights, before dropout. The tile starts at (key, query) of the sequence; lse(n) is the pair of
+  // columns 8 n + 2 (lane % 4) of the tile's lse_in_log2.
+  template <bool kMasked, class BiasReader, class Lse>
+  __forceinline__ void weights(Accumulator<kM, kN>& s, const BwdProblem& p, const ScoreInputs<kC>& in, int32 key,
+                               int32 query, const BiasReader& bias, Lse lse) {
+    if constexpr (kC.dropout)
+      for_each_dropout_bit<true, kM, kN>(
+          in.dropout, p.options.keep_threshold, key, query,
+          [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
+    if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
+      apply_scores<kC, true, kMasked>(s, p, in, key, query, bias, [&](int32 m, int32 n, int32 e, float y) {
+        if constexpr (kC.softcap) cap_slope_.x[m][n][e] = 1.0f - y * y;
+      });
+    const float factor = score_factor(in);
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n) {
+      const float2 pair = lse(n);
+      const float base[2] = {pair.x, pair.y};
+#pragma unroll
+      for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+        for (int32 e = 0; e < 4; ++e) s.x[m][n][e] = ptx::ex2_approx(s.x[m][n][e] * factor - base[e % 2]);
+    }
+  }
+
+  // dP^T becomes the gradient of the raw products, without the scale; on_bias(ds) is told that of the bias. delta(n) is
+  // like lse(n).
+  template <class Delta, class OnBias>
+  __forceinline__ void scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const BwdProblem& p,
+                              Delta delta, OnBias on_bias) const {
+    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n) {
+      const float2 pair = delta(n);
+      const float shift[2] = {pair.x, pair.y};
+#pragma unroll
+      for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+        for (int32 e = 0; e < 4; ++e) {
+          float d_weight = ds.x[m][n][e];
+          if constexpr (kC.dropout) d_weight = keeps(m, n, e) ? d_weight * dropout_scale : 0.0f;
+          ds.x[m][n][e] = weights.x[m][n][e] * (d_weight - shift[e % 2]);
+        }
+    }
+    if constexpr (kC.bias) on_bias(ds);
+    if constexpr (kC.softcap) {
+#pragma unroll
+      for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+        for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int32 e = 0; e < 4; ++e) ds.x[m][n][e] *= cap_slope_.x[m][n][e];
+    }
+  }
+
+  // Weights as the forward multiplied V by them, but not rescaled.
+  __forceinline__ void drop(Accumulator<kM, kN>& weights) const {
+    if constexpr (kC.dropout) {
+#pragma unroll
+      for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+        for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int32 e = 0; e < 4; ++e) weights.x[m][n][e] = keeps(m, n, e) ? weights.x[m][n][e] : 0.0f;
+    }
+  }
+
+ private:
+  __forceinline__ bool keeps(int32 m, int32 n, int32 e) const { return kept_[m][n / 8] >> (n % 8 * 4 + e) & 1; }
+
+  uint32 kept_[kM / 16][(kN + 63) / 64] = {};  // bit 4 n + e of the fragments m
+  Accumulator<kC.softcap ? kM : 16, kC.softcap ? kN : 16> cap_slope_;
+};
+
+// Adds dS^T, whose tile starts at (key, query), to the bias gradient, whose shape may broadcast.
+template <KernelConfig kC, int32 kM, int32 kN>
+__forceinline__ void add_to_dbias(const BwdProblem& p, const Sequence& seq, int64 head, const Accumulator<kM, kN>& ds,
+                                  int32 key, int32 query) {
+  float* dbias = address_of<float, kC.num_batch_axes>(p, p.dbias, seq.batch, head, 0);
+  const int32 lane = threadIdx.x % 32;
+#pragma unroll
+  for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+      for (int32 e = 0; e < 4; ++e) {
+        const int64 j = key + 16 * m + e / 2 * 8 + lane / 4, i = query + 8 * n + lane % 4 * 2 + e % 2;
+        if (i < seq.q.used && j < seq.kv.used)
+          ptx::red_add(dbias + i * p.dbias.row_stride + j * p.dbias.col_stride, ds.x[m][n][e]);
+      }
+}
+
+// Adds a tile of dq to dq_accum: rows from query `row` of the sequence on, of n-tiles those that are dealt (see
+// dealt_column) to the warps whose first is at column `col`. kMasked: rows may lie behind the sequence.
+template <KernelConfig kC, bool kMasked, int32 kGroups, int32 kM, int32 kN>
+__forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 head, const Accumulator<kM, kN>& dq,
+                               int32 row, int32 col) {
+  const int32 row_floats = int32(p.dq_accum.row_stride), first_tile = col / 8;
+  float* target = accum_block_of<kC.num_batch_axes>(p, seq, head, row) + first_tile * 128 + int32(threadIdx.x % 32) * 4;
+#pragma unroll
+  for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n) {
+      const int32 tile = dealt_column<kGroups>(n) / 8;
+      const float(&x)[4] = dq.x[m][n];
+      if ((!kMasked || row + 16 * m < seq.q.used) && (kC.exact || (first_tile + tile) * 128 < row_floats))
+        ptx::red_add_x4(target + m * row_floats + tile * 128, x[0], x[1], x[2], x[3]);
+    }
+}
+
+// If deterministic, the blocks of keys that a block of queries sees add to dq in turn. One thread keeps the turns; the
+// others follow it through a barrier in the middle of a step. It passes a turn on at that barrier of the next step,
+// when the additions have long arrived and cost no wait.
+template <KernelConfig kC>
+class Turn {
+ public:
+  // In front of the barrier: for the turn of block kv_block at the queries from q_row on.
+  __forceinline__ void wait(const BwdProblem& p, const Sequence& seq, const MaskRule& rule, int32 head, int32 kv_block,
+                            int32 q_row) {
+    ticket_ = address_of<int32, kC.num_batch_axes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
+    const int32 last_row = min_of(q_row + kC.block_q, rule.seqlen_q);
+    const int32 number = kv_block - visible_keys(rule, q_row, last_row).begin / kC.block_kv;
+    while (ptx::ld_acquire(ticket_) != number) {
+    }
+  }
+  // Behind it, which all additions of the step before precede.
+  __forceinline__ void pass_on() {
+    if (held_) {
+      __threadfence();
+      ptx::red_release_add(held_, 1);
+    }
+    held_ = ticket_;
+  }
+
+ private:
+  int32* ticket_ = nullptr;
+  int32* held_ = nullptr;
+};
+
+}  // namespace flash
