@@ -177,7 +177,7 @@ struct BwdBlock {
             shared + statistics + 4 * (stage * kC.block_q + query_col + 8 * n + int32(threadIdx.x % 4) * 2));
       };
       TileGradient<kC, kKeys, kQueries> gradient;
-      gradient.template weights<kMasked>(s, p, in, kv_row + key_row, q_row + query_col, bias, [&](int32 n) {
+      gradient.weights(s, p, in, kMasked, kv_row + key_row, q_row + query_col, bias, [&](int32 n) {
         const float2 lse = pair_of(Storage::kLse, n);
         return float2{lse_in_log2(lse.x), lse_in_log2(lse.y)};
       });
@@ -224,7 +224,7 @@ struct BwdBlock {
       Accumulator<kDqRows, kC.head_dim / kWarpsCols> dq;
       dq.clear();
       gemm<kDType, kC.block_kv>(dq, ds_cols, k_cols);
-      add_to_dq<kC, kMasked, kWarpsCols>(p, seq, head, dq, q_row + warp_q * kDqRows, 16 * warp_col);
+      add_to_dq<kC, kWarpsCols>(p, seq, head, dq, q_row + warp_q * kDqRows, 16 * warp_col);
     };
     int32 stage = 0;
     for (int32 head = first_head; head < end_head; ++head) {

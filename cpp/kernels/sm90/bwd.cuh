@@ -54,7 +54,7 @@ struct Bwd {
   static constexpr int32 kQueries = kC.block_q / kD;  // of a warpgroup's part of S^T
   static constexpr int32 kDqShares = column_shares_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
-  static constexpr int32 kCopyingRegisters = 32, kComputingRegisters = 240;
+  static constexpr int32 kCopyingRegisters = kD == 1 ? 32 : 40, kComputingRegisters = kD == 1 ? 240 : 232;
   static_assert(kC.num_warps == 8 && kC.block_kv == (kD == 1 ? 128 : 64) && (kC.block_q == 64 || kC.block_q == 128));
   static_assert(kD == 1 || kC.block_q == 64);
   static_assert(kC.num_stages == 2, "a stage is also one of two buffers of dS^T");
@@ -259,7 +259,9 @@ struct Bwd {
       Turn<kC> turn;
       const bool keeps_turns = kC.deterministic && thread == 0;
 
-      auto step = [&]<bool kMasked>(const ScoreInputs<kC>& in, int32 head, int32 n) {
+      block.for_each_step(p, [&](int32 head, int32 n, bool is_full) {
+        const ScoreInputs<kC> in(p, seq, head);
+        const bool masked = kDataMasks<kC> || !is_full;
         const int32 q_row = n * kC.block_q, key = kv_row + warp_key, query = q_row + query_col;
         const int32 stage = rows.stage();
         const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
@@ -269,16 +271,15 @@ struct Bwd {
           return *reinterpret_cast<const float2*>(shared + offset + statistics + 32 * i);
         };
         rows.wait_full();
-        if constexpr (kMasked || kDataMasks<kC>)
-          hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
+        if (masked) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
         issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
                                                RowsOperand<Q>(q_tile, query_col));
         issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
                                                  RowsOperand<O>(do_tile, query_col));
         TileGradient<kC, 16, kQueries> gradient;
         wait_gemm<1>(s);
-        gradient.template weights<kMasked>(s, p, in, key, query, NoBiasTile{},
-                                           [&](int32 i) { return pair_of(Storage::kLse, i); });
+        gradient.weights(s, p, in, !is_full, key, query, NoBiasTile{},
+                         [&](int32 i) { return pair_of(Storage::kLse, i); });
         if constexpr (kD == 1) {
           Accumulator<16, kQueries> kept = s;
           gradient.drop(kept);
@@ -314,17 +315,10 @@ struct Bwd {
           issue_gemm<kDType, kC.block_q, true>(dk_sum, RowsOperand<S>(base + ds_tile), ColsOperand<Q>(q_tile, dk_col));
         }
         wait_gemm<kD>(dq);
-        add_to_dq<kC, kMasked, 1>(p, seq, head, dq, q_row + dq_row + 16 * warp_in_group, dq_col);
+        add_to_dq<kC, 1>(p, seq, head, dq, q_row + dq_row + 16 * warp_in_group, dq_col);
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
-      };
-      block.for_each_step(p, [&](int32 head, int32 n, bool is_full) {
-        const ScoreInputs<kC> in(p, seq, head);
-        if (is_full)
-          step.template operator()<false>(in, head, n);
-        else
-          step.template operator()<true>(in, head, n);
       });
       release(kv_ring);
       if constexpr (kC.deterministic) {

@@ -19,18 +19,21 @@ template <KernelConfig kC, int32 kM, int32 kN>
 class TileGradient {
  public:
   // Raw products become weights, before dropout. The tile starts at (key, query) of the sequence; lse(n) is the pair of
-  // columns 8 n + 2 (lane % 4) of the tile's lse_in_log2.
-  template <bool kMasked, class BiasReader, class Lse>
-  __forceinline__ void weights(Accumulator<kM, kN>& s, const BwdProblem& p, const ScoreInputs<kC>& in, int32 key,
-                               int32 query, const BiasReader& bias, Lse lse) {
+  // columns 8 n + 2 (lane % 4) of the tile's lse_in_log2. masked: the positional mask may hide some of it.
+  template <class BiasReader, class Lse>
+  __forceinline__ void weights(Accumulator<kM, kN>& s, const BwdProblem& p, const ScoreInputs<kC>& in, bool masked,
+                               int32 key, int32 query, const BiasReader& bias, Lse lse) {
     if constexpr (kC.dropout)
       for_each_dropout_bit<true, kM, kN>(
           in.dropout, p.options.keep_threshold, key, query,
           [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
-    if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
-      apply_scores<kC, true, kMasked>(s, p, in, key, query, bias, [&](int32 m, int32 n, int32 e, float y) {
-        if constexpr (kC.softcap) cap_slope_.x[m][n][e] = 1.0f - y * y;
-      });
+    auto on_cap = [&](int32 m, int32 n, int32 e, float y) {
+      if constexpr (kC.softcap) cap_slope_.x[m][n][e] = 1.0f - y * y;
+    };
+    if (masked)
+      apply_scores<kC, true, true>(s, p, in, key, query, bias, on_cap);
+    else if constexpr (kScoresInLog2<kC> || kDataMasks<kC>)
+      apply_scores<kC, true, false>(s, p, in, key, query, bias, on_cap);
     const float factor = score_factor(in);
 #pragma unroll
     for (int32 n = 0; n < kN / 8; ++n) {
@@ -111,8 +114,8 @@ __forceinline__ void add_to_dbias(const BwdProblem& p, const Sequence& seq, int6
 }
 
 // Adds a tile of dq to dq_accum: rows from query `row` of the sequence on, of n-tiles those that are dealt (see
-// dealt_column) to the warps whose first is at column `col`. kMasked: rows may lie behind the sequence.
-template <KernelConfig kC, bool kMasked, int32 kGroups, int32 kM, int32 kN>
+// dealt_column) to the warps whose first is at column `col`.
+template <KernelConfig kC, int32 kGroups, int32 kM, int32 kN>
 __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 head, const Accumulator<kM, kN>& dq,
                                int32 row, int32 col) {
   const int32 row_floats = int32(p.dq_accum.row_stride), first_tile = col / 8;
@@ -123,7 +126,7 @@ __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 h
     for (int32 n = 0; n < kN / 8; ++n) {
       const int32 tile = dealt_column<kGroups>(n) / 8;
       const float(&x)[4] = dq.x[m][n];
-      if ((!kMasked || row + 16 * m < seq.q.used) && (kC.exact || (first_tile + tile) * 128 < row_floats))
+      if (row + 16 * m < seq.q.used && (kC.exact || (first_tile + tile) * 128 < row_floats))
         ptx::red_add_x4(target + m * row_floats + tile * 128, x[0], x[1], x[2], x[3]);
     }
 }
