@@ -372,7 +372,7 @@ KERNELS = {
     "nothing waited for": (LOAD + "ptx::cp_async_commit();" + BARRIER + STORE, "NaN"),
     "too little waited for": (LOAD + "ptx::cp_async_commit(); ptx::cp_async_wait<1>();" + BARRIER + STORE, "NaN"),
     "nothing committed": (LOAD + "ptx::cp_async_wait<0>();" + BARRIER + STORE, "never committed"),
-    "overwritten": (LOAD + "ptx::st_shared(at, 0);", "a cp.async is under way"),
+    "overwritten": (LOAD + "ptx::st_shared(at, 0);", "a copy is under way"),
     "no barrier": (LOAD + WAIT + STORE, "NaN"),
     "nothing loaded": (STORE, "NaN"),
     "loaded into what others read": (LOAD + WAIT + BARRIER + STORE + LOAD + BARRIER + WAIT, "NaN"),
@@ -393,6 +393,41 @@ KERNELS = {
 }  # fmt: skip
 
 
+# Kernels of a warpgroup, with a tile of 64 x 64 bfloat16 in shared memory, and two mbarriers behind it. They bring the
+# source there and multiply it by its transpose.
+INIT = "if (threadIdx.x == 0) ptx::mbarrier_init(barrier, 1);" + BARRIER
+FETCH = """if (threadIdx.x == 0) {
+  ptx::mbarrier_arrive_expect_tx(barrier, 8192);
+  ptx::tma_load(tile, map, barrier, 0, 0, 0, 0);
+}"""
+ARRIVED, MULTIPLY = "ptx::mbarrier_wait(barrier, 0);", "issue_gemm<DType::kBF16, 64, false>(c, rows, rows);"
+FINISH, FENCE = "wait_gemm<0>(c);", "ptx::fence_proxy_async();"
+RESULT = """for (int n = 0; n < 8; ++n) for (int e = 0; e < 4; ++e)
+  p.target[(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 * 8) * 64 + 8 * n + threadIdx.x % 4 * 2 + e % 2] =
+      c.x[0][n][e];"""
+OVERWRITE = "ptx::st_shared(tile + 4 * threadIdx.x, 0);"
+HOPPER_KERNELS = {
+    "right": (INIT + FETCH + ARRIVED + MULTIPLY + FINISH + RESULT, None),
+    "copy not waited for": (INIT + FETCH + MULTIPLY + FINISH + RESULT, "a copy is under way"),
+    "product not waited for": (INIT + FETCH + ARRIVED + MULTIPLY + RESULT, "never waited for"),
+    "accumulator used too early": (INIT + FETCH + ARRIVED + MULTIPLY + RESULT + FINISH, "NaN"),
+    "only older products waited for": (INIT + FETCH + ARRIVED + MULTIPLY + "wait_gemm<1>(c);" + RESULT + FINISH, "NaN"),
+    "operand overwritten": (INIT + FETCH + ARRIVED + MULTIPLY + OVERWRITE + FENCE + FINISH + RESULT, "wrong"),
+    "operand copied over": (INIT + FETCH + ARRIVED + MULTIPLY + FETCH + FINISH + RESULT, "a copy is under way"),
+    "no fence": (INIT + FETCH + ARRIVED + OVERWRITE + BARRIER + MULTIPLY + FINISH, "without fence.proxy.async"),
+    "fence of another thread": (
+        INIT + FETCH + ARRIVED + OVERWRITE + "if (threadIdx.x > 0) " + FENCE + BARRIER + MULTIPLY + FINISH,
+        "without fence.proxy.async",
+    ),
+    "no barrier": (FETCH, "no mbarrier was initialised"),
+    "another phase": (INIT + FETCH + "ptx::mbarrier_wait(barrier, 1);" + MULTIPLY + FINISH, "a copy is under way"),
+    "bytes that do not come": (INIT + FETCH.replace("8192", "8208") + ARRIVED, "waits at a barrier for ever"),
+    "too many arrivals": (INIT + FETCH + "ptx::mbarrier_arrive(barrier);", "once too often"),
+    "threads that do not come": ("ptx::barrier_sync(1, 160);", "waits at a barrier for ever"),
+    "parted at __syncthreads": ("if (threadIdx.x < 32) ptx::barrier_sync(1, 64); else __syncthreads();", "for ever"),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
     source = '#include "ptx.h"\nusing namespace flash;\nstruct P { const float* source; float* target; };\n'
@@ -403,28 +438,74 @@ def kernels(tmp_path_factory) -> ctypes.CDLL:
         )
         source += f'extern "C" const char* run_{i}(P p) {{\n'
         source += f"  return emulator::launch(kernel_{i}, 2, 64, 256, shared, sizeof shared, &p);\n}}\n"
+    source += """
+#include "kernels/tile/warpgroup_gemm.cuh"
+TensorMap map_of(const float* source) {
+  emulator::TensorBoxes boxes = {(const char*)source, {64, 64, 1, 1}, {128, 8192, 8192}, {64, 64, 1, 1}, 128};
+  TensorMap map;
+  memcpy(&map, &boxes, sizeof boxes);
+  return map;
+}
+"""
+    for i, (body, _) in enumerate(HOPPER_KERNELS.values()):
+        source += f"""
+void hopper_{i}(P p) {{
+  const TensorMap map = map_of(p.source);
+  const uint32 tile = ptx::shared_address(shared), barrier = tile + 8192;
+  const RowsOperand<Tile<64, 64>> rows(tile);
+  Accumulator<16, 64> c;
+  {body}
+}}
+extern "C" const char* run_hopper_{i}(P p) {{
+  return emulator::launch(hopper_{i}, 1, 128, 8192 + 16, shared, sizeof shared, &p);
+}}
+"""
     folder = tmp_path_factory.mktemp("emulator")
     (folder / "kernels.cc").write_text(source)
-    flags = [*KERNEL_FLAGS.split(), f"-I{EMULATOR}", f"-I{ROOT / 'cpp'}", str(folder / "kernels.cc")]
+    # ptx.h stands for the folder, as in runtime.cc.
+    (folder / "kernels" / "ptx").mkdir(parents=True)
+    for header in (ROOT / "cpp" / "kernels" / "ptx").iterdir():
+        (folder / "kernels" / "ptx" / header.name).write_text("#pragma once\n")
+    flags = [*KERNEL_FLAGS.split(), f"-I{folder}", f"-I{EMULATOR}", f"-I{ROOT / 'cpp'}", str(folder / "kernels.cc")]
     compile_library(folder / "kernels.so", flags)
     return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+class Problem(ctypes.Structure):
+    _fields_ = (("source", ctypes.c_void_p), ("target", ctypes.c_void_p))
+
+
+def error_of(run, source: np.ndarray, target: np.ndarray) -> str | None:
+    run.argtypes, run.restype = [Problem], ctypes.c_char_p
+    error = run(Problem(source.ctypes.data, target.ctypes.data))
+    return error.decode() if error else None
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_emulator(kernels, name):
     """It runs what is right and finds what is wrong."""
-
-    class Problem(ctypes.Structure):
-        _fields_ = (("source", ctypes.c_void_p), ("target", ctypes.c_void_p))
-
     source, target = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
-    run = getattr(kernels, f"run_{list(KERNELS).index(name)}")
-    run.argtypes, run.restype = [Problem], ctypes.c_char_p
-    error, expected = run(Problem(source.ctypes.data, target.ctypes.data)), KERNELS[name][1]
+    error = error_of(getattr(kernels, f"run_{list(KERNELS).index(name)}"), source, target)
+    expected = KERNELS[name][1]
     if expected is None:
         assert error is None
         assert_equal(target, source[::-1])
     elif expected == "NaN":
         assert error is None and np.isnan(target).any()
     else:
-        assert expected in error.decode()
+        assert error and expected in error
+
+
+@pytest.mark.parametrize("name", HOPPER_KERNELS)
+def test_emulator_of_hopper(rng, kernels, name):
+    source, target = np.asarray(rng.normal(64, 64, dtype=BF16)), np.zeros((64, 64), np.float32)
+    error = error_of(getattr(kernels, f"run_hopper_{list(HOPPER_KERNELS).index(name)}"), source, target)
+    product, expected = source.astype(np.float32) @ source.astype(np.float32).T, HOPPER_KERNELS[name][1]
+    if expected is None:
+        assert error is None
+        np.testing.assert_allclose(target, product, rtol=1e-4, atol=1e-4)
+    elif expected in ("NaN", "wrong"):
+        assert error is None
+        assert np.isnan(target).any() if expected == "NaN" else np.abs(target - product).max() > 1
+    else:
+        assert error and expected in error

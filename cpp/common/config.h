@@ -109,6 +109,12 @@ static constexpr int32 num_threads(const KernelConfig& c) {
   return 32 * c.num_warps + (c.family == Family::kSm90 ? 128 : 0);
 }
 
+// Registers per thread with which a kernel starts that has a multiprocessor to itself. Warps may take more only from
+// what others of their thread block have given back.
+static constexpr int32 registers_at_start(const KernelConfig& c) {
+  return 65536 / num_threads(c) / 8 * 8;
+}
+
 // Barriers of Hopper's kernels, and what warps tell each other.
 inline constexpr int64 kBarrierBytes = 256;
 

@@ -101,6 +101,9 @@ struct HopperBwdProblem : BwdProblem {
   int32 heads_per_section;
 };
 
+// Every driver takes so many bytes of parameters.
+static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096);
+
 static inline int64 num_batch_entries(const Problem& p) {
   int64 n = 1;
   for (int32 a = 0; a < p.num_batch_axes; ++a) n *= p.batch_dims[a];

@@ -54,7 +54,11 @@ struct Bwd {
   static constexpr int32 kQueries = kC.block_q / kD;  // of a warpgroup's part of S^T
   static constexpr int32 kDqShares = column_shares_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
-  static constexpr int32 kCopyingRegisters = kD == 1 ? 32 : 40, kComputingRegisters = kD == 1 ? 240 : 232;
+  // Registers per thread of the copying warpgroup and of the others.
+  static constexpr bool kIsTight = kD == 1 && kC.head_dim > 64;
+  static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
+  static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
+                registers_at_start(kC) * num_threads(kC));
   static_assert(kC.num_warps == 8 && kC.block_kv == (kD == 1 ? 128 : 64) && (kC.block_q == 64 || kC.block_q == 128));
   static_assert(kD == 1 || kC.block_q == 64);
   static_assert(kC.num_stages == 2, "a stage is also one of two buffers of dS^T");
@@ -87,7 +91,9 @@ struct Bwd {
       const ScoreInputs<kC> in(p, seq, first_head);
       typename FilterOf<kC.segments && !kC.deterministic, kC.block_q>::Type filter(
           in.kv_segments, kv_row, kv_row + keys, in.q_segments, seq.q.used);
+#pragma unroll 1
       for (int32 head = first_head; head < end_head; ++head)
+#pragma unroll 1
         for (int32 block = first; block < end; ++block)
           if (filter.may_see(block)) visit(head, block, full_begin <= block && block < full_end);
     }
@@ -303,6 +309,7 @@ struct Bwd {
         }
         ptx::fence_proxy_async();
         if (keeps_turns) turn.wait(p, seq, block.rule, head, kv_row / kC.block_kv, q_row);
+        __syncwarp();
         // All have written dS^T (and P^T), and are done with what was in the other buffer.
         ptx::barrier_sync(kScoresWritten, kComputingThreads);
         if (keeps_turns) turn.pass_on();
@@ -341,6 +348,7 @@ struct Bwd {
     zero_rows<typename Storage::K>(base + Storage::kK, keys, kC.block_kv, thread, kComputingThreads);
     zero_rows<typename Storage::V>(base + Storage::kV, keys, kC.block_kv, thread, kComputingThreads);
     ptx::fence_proxy_async();
+    __syncwarp();
     ptx::barrier_sync(kScoresWritten, kComputingThreads);
   }
 
@@ -355,6 +363,7 @@ struct Bwd {
       zero_rows<typename Storage::O>(do_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
       ptx::fence_proxy_async();
     }
+    __syncwarp();
     ptx::barrier_sync(kOwnWarpgroup + warpgroup, 128);
   }
 };

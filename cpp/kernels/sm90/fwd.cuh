@@ -51,9 +51,11 @@ struct Fwd {
   static constexpr DType kDType = kC.dtype;
   using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, kComputingThreads, true>;
 
-  // Registers per thread of the copying warpgroup and of the others: what is left of 65536 goes to these.
+  // Registers per thread of the copying warpgroup and of the others.
   static constexpr int32 kCopyingRegisters = kWarpgroups == 3 ? 32 : 40;
   static constexpr int32 kComputingRegisters = kWarpgroups == 3 ? 160 : 232;
+  static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
+                registers_at_start(kC) * num_threads(kC));
   static_assert(kWarpgroups == 2 || kWarpgroups == 3);
 
   static __forceinline__ void run(const HopperFwdProblem& p, char* shared) {
@@ -117,6 +119,7 @@ struct Fwd {
       for (int32 w = 0; w < kWarpgroups; ++w)
         load.template operator()<typename Storage::Q>(q_ring, Storage::kQ, p.q_map, seq.q.begin + q_row + 64 * w, head,
                                                       int32(seq.batch));
+#pragma unroll 1
       while (keys.exists(n)) {
         const int32 next = keys.below(n);
         if (keys.exists(next)) load_k(next);
@@ -292,6 +295,7 @@ struct Fwd {
     if (used >= kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
     zero_rows<typename Storage::V>(tile, used, kC.block_kv, thread, 128);
     ptx::fence_proxy_async();
+    __syncwarp();
     ptx::barrier_sync(kWarpgroup + warpgroup, 128);
   }
 };
