@@ -46,6 +46,7 @@ test-sanitize:
 GPU = $(VENV)-gpu
 CUDA ?= cuda13
 GPU_WORKERS ?= 6
+GPU_OPTIONS ?=
 GPU_TESTS = tests/test_attention.py tests/test_varlen.py tests/test_paged.py tests/test_dropout.py \
             tests/test_flash_api.py tests/test_properties.py tests/test_robustness.py tests/test_transforms.py \
             tests/test_cuda.py
@@ -58,7 +59,7 @@ $(GPU)/installed: $(SOURCES)
 	touch $@
 
 test-gpu: $(GPU)/installed  ## the half of the tests that runs on the GPU, which the workers share
-	$(GPU)/bin/pytest -n $(GPU_WORKERS) -k cuda $(GPU_TESTS)
+	$(GPU)/bin/pytest -n $(GPU_WORKERS) $(GPU_OPTIONS) -k cuda $(GPU_TESTS)
 
 # compute-sanitizer's four tools over a small subset of everything; it is part of the CUDA toolkit.
 test-sanitizer-gpu: $(GPU)/installed

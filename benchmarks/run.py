@@ -24,7 +24,7 @@ from . import machine, peers, plot, timing, workloads
 
 # Relative root-mean-square difference of any (batch, head) between two right implementations: loose enough for
 # another order of summation, far below what one wrong block or mask causes.
-_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}
 
 Record = dict[str, Any]  # What the report holds of one (workload, pass, implementation).
 
@@ -116,13 +116,13 @@ def _compare(workload: workloads.Workload, arrays: dict[str, list[jax.Array]], r
         elif reference is None:
             records[name]["unchecked"] = "nothing to compare with"
         elif name != reference:
-            difference = max(_difference(x, y) for x, y in zip(arrays[name], arrays[reference], strict=True))
-            records[name] |= {"difference": difference, "compared_with": reference}
-            if not difference <= _TOLERANCE[workload.dtype]:  # So written, it also catches a NaN.
-                records[name]["failed"] = f"differs from {reference} by {difference:.1e}"
+            largest = max(difference(x, y) for x, y in zip(arrays[name], arrays[reference], strict=True))
+            records[name] |= {"difference": largest, "compared_with": reference}
+            if not largest <= TOLERANCE[workload.dtype]:  # So written, it also catches a NaN.
+                records[name]["failed"] = f"differs from {reference} by {largest:.1e}"
 
 
-def _difference(x: jax.typing.ArrayLike, reference: jax.typing.ArrayLike) -> float:
+def difference(x: jax.typing.ArrayLike, reference: jax.typing.ArrayLike) -> float:
     """Largest relative root-mean-square difference of any (batch, head) of `[batch, seqlen, num_heads, head_dim]`."""
     return float(_difference_on_device(x, reference))
 

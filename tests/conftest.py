@@ -23,6 +23,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--hopper", action="store_true", help="on an H100 or H200, test Hopper's own kernels")
+
+
+def pytest_configure(config):
+    if config.getoption("hopper", False):
+        from jax_flash import _core
+
+        _core.override_config({"family": 1})
+
+
 def _find_gpu() -> jax.Device | None:
     try:
         return jax.devices("cuda")[0]

@@ -50,7 +50,8 @@ struct Tiling {
 // What Hopper's kernels cannot do: rows that the copy engine cannot address, keys that lie on pages, batch axes that it
 // cannot take as one. And what is a testing aid.
 bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
-  return arch.sm == 90 && c.aligned && !c.paged && !c.return_softmax && c.num_batch_axes == 1;
+  return arch.sm == 90 && c.aligned && c.head_dim > 0 && c.head_dim_v > 0 && !c.paged && !c.return_softmax &&
+         c.num_batch_axes == 1;
 }
 
 // Registers bound the tiles: two warpgroups have 240 per thread, for 64 rows of O and of scores and for the weights.
@@ -146,22 +147,27 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
 
 namespace {
 
+// Query heads of a key head; there may be none of either.
+int64 group_of(const Problem& p) {
+  return max_of<int64>(p.num_heads / max_of<int64>(p.num_heads_kv, 1), 1);
+}
+
 // Heads whose operands, of so many bytes each, stay in the L2 cache, of 50 MB, while all blocks go through them.
 int32 heads_in_cache(int64 head_bytes, int64 heads) {
   constexpr int64 kSectionBytes = 32 << 20;
-  return int32(clamp_to<int64>(kSectionBytes / max_of<int64>(head_bytes, 1), 1, heads));
+  return int32(clamp_to<int64>(kSectionBytes / max_of<int64>(head_bytes, 1), 1, max_of<int64>(heads, 1)));
 }
 
 }  // namespace
 
 int32 heads_per_section(const FwdProblem& p) {
-  const int64 group = p.num_heads / p.num_heads_kv, heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
+  const int64 group = group_of(p), heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
   return int32(group) * heads_in_cache(2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v), heads);
 }
 
 int32 heads_per_section(const BwdProblem& p) {
   // q and dO in 16 bits, and dq_accum in 32.
-  const int64 group = p.num_heads / p.num_heads_kv, heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
+  const int64 group = group_of(p), heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
   return heads_in_cache(2 * group * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v), heads);
 }
 

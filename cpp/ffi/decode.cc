@@ -148,7 +148,7 @@ class Decoder {
            std::to_string(expected);
   }
 
-  inline static float view_of_nothing_ = 0;
+  alignas(256) inline static float view_of_nothing_ = 0;  // aligned as XLA's buffers are
 
   xf::RemainingArgs args_;
   xf::RemainingRets rets_;

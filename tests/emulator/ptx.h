@@ -1,6 +1,8 @@
 // The functions of cpp/kernels/ptx in plain C++.
 #pragma once
 
+#include <array>
+
 #include "common/problem.h"
 #include "gpu.h"
 
@@ -35,6 +37,10 @@ inline int32 atom_add(int32* p, int32 x) {
 // compiler.cuh
 
 inline void opaque(uint32&) {}
+
+inline void compute_now(float x) {
+  if (x < 0.0f) emulator::fail("what is never negative is");
+}
 
 // convert.cuh
 
@@ -284,20 +290,21 @@ inline void barrier_sync(int32 id, int32 threads) {
 // wgmma.cuh: each warp does its part, 16 rows. Operands in shared memory as in the PTX ISA, "Matrix descriptor format"
 // and "Strides"; those in registers have the fragments of mma_m16n8k16.
 
-// Element (i, k) of an operand: i along m or n.
+// Eight elements of an operand that lie side by side: (i, k), (i, k + 1), ..., or if transposed (i, k), (i + 1, k), ...;
+// i runs along m or n.
 template <DType kDType, bool kTransposed>
-float operand_element(uint64 descriptor, int32 i, int32 k) {
+std::array<float, 8> operand_chunk(uint64 descriptor, int32 i, int32 k) {
   const uint32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
                stride = (descriptor >> 32 & 0x3FFF) << 4, span = 256 >> (descriptor >> 62);
   if (descriptor >> 62 == 0) emulator::fail("an operand without swizzle");
   const int32 columns = span / 2;
-  const uint32 offset = kTransposed
-                            ? i / columns * leading + i % columns * 2 + k / 8 * stride + k % 8 * span
-                            : i / 8 * stride + i % 8 * span + 2 * k;
-  const uint32 address = swizzled(start + offset, span);
-  uint16 x;
-  memcpy(&x, emulator::shared_at_by_proxy(address & ~3u, 4) + (address & 2), 2);
-  return unpack<kDType>(x);
+  const uint32 offset = kTransposed ? i / columns * leading + i % columns * 2 + k / 8 * stride + k % 8 * span
+                                    : i / 8 * stride + i % 8 * span + 2 * k;
+  uint16 x[8];
+  memcpy(x, emulator::shared_at_by_proxy(swizzled(start + offset, span), 16), 16);
+  std::array<float, 8> result;
+  for (int32 e = 0; e < 8; ++e) result[e] = unpack<kDType>(x[e]);
+  return result;
 }
 
 struct WgmmaArgs {
@@ -323,23 +330,31 @@ void wgmma(WgmmaArgs args) {
       memset(args.d, emulator::kPoison, 16 * kTiles);
     }
     product.run = [=, &warp] {
-      float a[16][16], b[16][8 * kTiles];
-      for (int32 m = 0; m < 16; ++m)
+      constexpr int32 kN = 8 * kTiles;
+      float a[16][16], b[16][kN], c[16][kN] = {};
+      for (int32 i = 0; i < 16; ++i)
         for (int32 k = 0; k < 16; ++k) {
-          const int32 lane = m % 8 * 4 + k % 8 / 2, i = m / 8 + k / 8 * 2;
-          a[m][k] = kRegisters ? unpack<kDType>(uint16(copies[lane].a[i] >> (16 * (k % 2))))
-                               : operand_element<kDType, kTransA>(copies[0].a_descriptor, first_row + m, k);
+          const int32 lane = i % 8 * 4 + k % 8 / 2, word = i / 8 + k / 8 * 2;
+          if (kRegisters) {
+            a[i][k] = unpack<kDType>(uint16(copies[lane].a[word] >> (16 * (k % 2))));
+          } else if ((kTransA ? i : k) % 8 == 0) {
+            const auto x = operand_chunk<kDType, kTransA>(copies[0].a_descriptor, first_row + i, k);
+            for (int32 e = 0; e < 8; ++e) (kTransA ? a[i + e][k] : a[i][k + e]) = x[e];
+          }
         }
-      for (int32 n = 0; n < 8 * kTiles; ++n)
-        for (int32 k = 0; k < 16; ++k) b[k][n] = operand_element<kDType, kTransB>(copies[0].b, n, k);
-      for (int32 lane = 0; lane < 32; ++lane)
-        for (int32 i = 0; i < 4 * kTiles; ++i) {
-          const int32 m = lane / 4 + i % 4 / 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
-          float& d = warp.accumulators[copies[lane].d][i];
-          float sum = copies[lane].accumulate ? d : 0.0f;
-          for (int32 k = 0; k < 16; ++k) sum += a[m][k] * b[k][n];
-          d = sum;
+      for (int32 n = 0; n < kN; n += kTransB ? 8 : 1)
+        for (int32 k = 0; k < 16; k += kTransB ? 1 : 8) {
+          const auto x = operand_chunk<kDType, kTransB>(copies[0].b, n, k);
+          for (int32 e = 0; e < 8; ++e) (kTransB ? b[k][n + e] : b[k + e][n]) = x[e];
         }
+      for (int32 i = 0; i < 16; ++i)
+        for (int32 k = 0; k < 16; ++k)
+          for (int32 n = 0; n < kN; ++n) c[i][n] += a[i][k] * b[k][n];
+      for (int32 lane = 0; lane < 32; ++lane) {
+        std::vector<float>& d = warp.accumulators[copies[lane].d];
+        for (int32 i = 0; i < 4 * kTiles; ++i)
+          d[i] = (copies[lane].accumulate ? d[i] : 0.0f) + c[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+      }
     };
     warp.products.push_back(std::move(product));
   });

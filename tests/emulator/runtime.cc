@@ -61,17 +61,17 @@ Compiled nvrtc_compile(const std::string& source, const std::map<std::string, st
   fs::create_directories(cache_directory());
   std::string folder = cache_directory() + "/kernel_XXXXXX";
   if (!mkdtemp(folder.data())) throw Error(Error::Code::kInternal, "cannot write to " + cache_directory());
-  auto write = [&](const std::string& name, const std::string& text) {
+  // ptx.h stands for all of kernels/ptx; the other sources are those of the checkout.
+  for (const auto& [name, text] : headers) {
+    if (!name.starts_with("kernels/ptx/")) continue;
     const fs::path path = fs::path(folder) / name;
     fs::create_directories(path.parent_path());
-    std::ofstream(path) << text;
-  };
-  // ptx.h stands for all of kernels/ptx.
-  for (const auto& [name, text] : headers) write(name, name.starts_with("kernels/ptx/") ? "#pragma once\n" : text);
-  write("kernel.cc", "#include \"ptx.h\"\n" + source + harness_of(source));
+    std::ofstream(path) << "#pragma once\n";
+  }
+  std::ofstream(folder + "/kernel.cc") << "#include \"ptx.h\"\n" << source << harness_of(source);
   const std::string library = folder + ".so";
   const std::string command =
-      "cd '" + folder + "' && " EMULATOR_COMPILER " -I. kernel.cc -o '" + library + "' > log 2>&1";
+      "cd '" + folder + "' && " EMULATOR_COMPILER " kernel.cc -o '" + library + "' > log 2>&1";
   const bool done = std::system(command.c_str()) == 0;
   std::ifstream log(folder + "/log");
   const Compiled compiled = {done ? library : "", std::string(std::istreambuf_iterator<char>(log), {})};

@@ -73,7 +73,7 @@ struct Bwd {
 
     __forceinline__ Block(const HopperBwdProblem& p, const Sequence& s, int32 head, int32 row)
         : seq(s), kv_head(head), kv_row(row), keys(min_of(kC.block_kv, s.kv.used - row)), rule(mask_rule_of(p, s)) {
-      const int32 group = int32(p.num_heads / p.num_heads_kv);
+      const int32 group = int32(p.num_heads) / int32(p.num_heads_kv);
       first_head = head * group, end_head = first_head + group;
       const Range any = {visible_rows(rule, row).begin, visible_rows(rule, row + max_of(keys, 1) - 1).end};
       const Range all = {visible_rows(rule, row + kC.block_kv - 1).begin, visible_rows(rule, row).end};
@@ -259,9 +259,6 @@ struct Bwd {
       using Q = typename Storage::Q;
       using O = typename Storage::O;
       using S = typename Storage::S;
-      Accumulator<16, kQueries> s, ds;
-      uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
-      Accumulator<16, kC.head_dim / kDqShares> dq;
       Turn<kC> turn;
       const bool keeps_turns = kC.deterministic && thread == 0;
 
@@ -276,6 +273,9 @@ struct Bwd {
         auto pair_of = [&](int32 offset, int32 i) {
           return *reinterpret_cast<const float2*>(shared + offset + statistics + 32 * i);
         };
+        Accumulator<16, kQueries> s, ds;
+        uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
+        Accumulator<16, kC.head_dim / kDqShares> dq;
         rows.wait_full();
         if (masked) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
         issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
@@ -286,27 +286,23 @@ struct Bwd {
         wait_gemm<1>(s);
         gradient.weights(s, p, in, !is_full, key, query, NoBiasTile{},
                          [&](int32 i) { return pair_of(Storage::kLse, i); });
+        Accumulator<16, kQueries> kept = s;
+        gradient.drop(kept);
+        pack<kDType>(probs, kept);
+        const int32 ds_tile = Storage::kDs + stage * S::kBytes;
+        [[maybe_unused]] const int32 p_tile = Storage::kP + stage * S::kBytes;
         if constexpr (kD == 1) {
-          Accumulator<16, kQueries> kept = s;
-          gradient.drop(kept);
-          pack<kDType>(probs, kept);
           issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(do_tile));
           wait_gemm<1>(ds);
         } else {
+          TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
           wait_gemm<0>(ds);
         }
         gradient.scores(
             ds, s, p, [&](int32 i) { return pair_of(Storage::kDelta, i); },
             [&](const auto& x) { add_to_dbias<kC>(p, seq, head, x, key, query); });
         pack<kDType>(dscores, ds);
-        const int32 ds_tile = Storage::kDs + stage * S::kBytes;
         TileWriter<S>(base, ds_tile, warp_key, query_col).store(dscores);
-        [[maybe_unused]] const int32 p_tile = Storage::kP + stage * S::kBytes;
-        if constexpr (kD == 2) {
-          gradient.drop(s);
-          pack<kDType>(probs, s);
-          TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
-        }
         ptx::fence_proxy_async();
         if (keeps_turns) turn.wait(p, seq, block.rule, head, kv_row / kC.block_kv, q_row);
         __syncwarp();

@@ -10,6 +10,7 @@
 #include "common/config.h"
 #include "common/problem.h"
 #include "kernels/ptx/atomic.cuh"
+#include "kernels/ptx/compiler.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/warpgroup.cuh"
 #include "kernels/tile/pipeline.cuh"
@@ -107,7 +108,7 @@ struct Fwd {
       KeyBlocks<kC> keys(ScoreInputs<kC>(p, seq, head), seq, q_row, rows);
       int32 n = keys.last();
       if (!keys.exists(n)) return;
-      const int32 kv_head = head / int32(p.num_heads / p.num_heads_kv);
+      const int32 kv_head = head / (int32(p.num_heads) / int32(p.num_heads_kv));
       auto coordinate = [&](const View& view) { return view.batch_stride[0] ? int32(seq.batch) : 0; };
       const int32 k_batch = coordinate(p.k), v_batch = coordinate(p.v);
       auto load_k = [&](int32 n) {
@@ -237,6 +238,7 @@ struct Fwd {
           wait_gemm<1>(s);
           finish_qk();
           const bool grows = softmax.template operator()<kMasked>(next);
+          ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
           wait_gemm<0>(o);
           finish_pv();
           if (grows) scale_rows(o, rescale);

@@ -27,8 +27,14 @@ class TileGradient {
       for_each_dropout_bit<true, kM, kN>(
           in.dropout, p.options.keep_threshold, key, query,
           [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
+    [[maybe_unused]] float even = 0.0f;
     auto on_cap = [&](int32 m, int32 n, int32 e, float y) {
-      if constexpr (kC.softcap) cap_slope_.x[m][n][e] = 1.0f - y * y;
+      if constexpr (kC.softcap) {
+        if (e % 2 == 0)
+          even = 1.0f - y * y;
+        else
+          cap_slope_[m][n][e / 2] = ptx::pack<DType::kF16>(even, 1.0f - y * y);
+      }
     };
     if (masked)
       apply_scores<kC, true, true>(s, p, in, key, query, bias, on_cap);
@@ -72,7 +78,8 @@ class TileGradient {
 #pragma unroll
         for (int32 n = 0; n < kN / 8; ++n)
 #pragma unroll
-          for (int32 e = 0; e < 4; ++e) ds.x[m][n][e] *= cap_slope_.x[m][n][e];
+          for (int32 e = 0; e < 4; ++e)
+            ds.x[m][n][e] *= ptx::unpack<DType::kF16>(uint16(cap_slope_[m][n][e / 2] >> (16 * (e % 2))));
     }
   }
 
@@ -92,7 +99,8 @@ class TileGradient {
   __forceinline__ bool keeps(int32 m, int32 n, int32 e) const { return kept_[m][n / 8] >> (n % 8 * 4 + e) & 1; }
 
   uint32 kept_[kM / 16][(kN + 63) / 64] = {};  // bit 4 n + e of the fragments m
-  Accumulator<kC.softcap ? kM : 16, kC.softcap ? kN : 16> cap_slope_;
+  // Of the soft cap, 1 - tanh^2, in pairs of 16 bits: as precise as tanh.approx, and registers are scarce.
+  uint32 cap_slope_[kM / 16][kC.softcap ? kN / 8 : 1][2];
 };
 
 // Adds dS^T, whose tile starts at (key, query), to the bias gradient, whose shape may broadcast.

@@ -135,7 +135,8 @@ struct Units {
       const Sequence s = sequence_of<kBatchAxes>(p, entry / num_sequences, int32(entry % num_sequences));
       const int32 size = kQueries ? s.q.size : s.kv.size;
       // More than one block of rows only if max_seqlen was too small; then neighbours, as those who take turns need.
-      const int32 passes = max_of(1, int32(ceil_div(size, int64(blocks) * kBlockRows)));
+      const int64 stated = int64(blocks) * kBlockRows;
+      const int32 passes = size <= stated ? 1 : int32(ceil_div(size, stated));
       const int32 first = int32(kLateFirst ? blocks - 1 - block : block) * passes;
       for (int32 i = first; i < first + passes && int64(i) * kBlockRows < size; ++i)
         on_block(s, int32(head), i * kBlockRows);
