@@ -83,20 +83,38 @@ struct Bwd {
 
     // Whether no query sees the keys.
     __forceinline__ bool is_empty() const { return keys <= 0 || first >= end; }
+  };
 
-    // Calls visit(head, block, is_full) for all heads and blocks of queries that may see the keys.
-    template <class Visit>
-    __forceinline__ void for_each_step(const HopperBwdProblem& p, Visit visit) const {
-      // Deterministic blocks take turns, so that none may stay away.
-      const ScoreInputs<kC> in(p, seq, first_head);
-      typename FilterOf<kC.segments && !kC.deterministic, kC.block_q>::Type filter(
-          in.kv_segments, kv_row, kv_row + keys, in.q_segments, seq.q.used);
-#pragma unroll 1
-      for (int32 head = first_head; head < end_head; ++head)
-#pragma unroll 1
-        for (int32 block = first; block < end; ++block)
-          if (filter.may_see(block)) visit(head, block, full_begin <= block && block < full_end);
+  // The steps of a block: for all heads, the blocks of queries that may see its keys.
+  class Steps {
+   public:
+    int32 head, n;
+
+    __forceinline__ Steps(const HopperBwdProblem& p, const Block& block)
+        : Steps(block, ScoreInputs<kC>(p, block.seq, block.first_head)) {}
+    __forceinline__ bool exists() const { return head < block_.end_head; }
+    // Whether the positional mask shows all of it.
+    __forceinline__ bool is_full() const { return block_.full_begin <= n && n < block_.full_end; }
+    __forceinline__ void advance() {
+      do {
+        if (++n == block_.end) n = block_.first, ++head;
+      } while (exists() && !filter_.may_see(n));
     }
+
+   private:
+    // Deterministic blocks take turns, so that none may stay away.
+    using Filter = typename FilterOf<kC.segments && !kC.deterministic, kC.block_q>::Type;
+
+    __forceinline__ Steps(const Block& block, const ScoreInputs<kC>& in)
+        : head(block.first_head),
+          n(block.first - 1),
+          block_(block),
+          filter_(in.kv_segments, block.kv_row, block.kv_row + block.keys, in.q_segments, block.seq.q.used) {
+      advance();
+    }
+
+    const Block& block_;
+    Filter filter_;
   };
 
   static __forceinline__ void run(const HopperBwdProblem& p, char* shared) {
@@ -152,18 +170,19 @@ struct Bwd {
         load.template operator()<typename Storage::V>(Storage::kV, kv_ring.full(), p.v_map, p.v, row, block.kv_head);
       }
       kv_ring.advance();
-      block.for_each_step(p, [&](int32 head, int32 n, bool) {
+#pragma unroll 1
+      for (Steps step(p, block); step.exists(); step.advance()) {
         if (first_lane) {
-          const int32 row = seq.q.begin + n * kC.block_q;
+          const int32 row = seq.q.begin + step.n * kC.block_q;
           rows.wait_empty();
           ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + Storage::O::kBytes);
           load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
-                                                        p.q_map, p.q, row, head);
+                                                        p.q_map, p.q, row, step.head);
           load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, rows.full(),
-                                                        p.d_o_map, p.d_o, row, head);
+                                                        p.d_o_map, p.d_o, row, step.head);
         }
         rows.advance();
-      });
+      }
     };
     visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
   }
@@ -175,10 +194,11 @@ struct Bwd {
     auto copy_block = [&](const Block& block) {
       if (block.is_empty()) return;
       const Sequence& seq = block.seq;
-      block.for_each_step(p, [&](int32 head, int32 n, bool) {
-        const int32 row = n * kC.block_q;
-        const float* lse = address_of<const float, kBatchAxes>(p, p.lse, seq.batch, head, seq.q.begin);
-        const float* delta = address_of<const float, kBatchAxes>(p, p.delta, seq.batch, head, seq.q.begin);
+#pragma unroll 1
+      for (Steps step(p, block); step.exists(); step.advance()) {
+        const int32 row = step.n * kC.block_q;
+        const float* lse = address_of<const float, kBatchAxes>(p, p.lse, seq.batch, step.head, seq.q.begin);
+        const float* delta = address_of<const float, kBatchAxes>(p, p.delta, seq.batch, step.head, seq.q.begin);
         float x[kC.block_q / 32], y[kC.block_q / 32];
 #pragma unroll
         for (int32 i = 0; i < kC.block_q / 32; ++i) {
@@ -196,7 +216,7 @@ struct Bwd {
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(rows.full());
         rows.advance();
-      });
+      }
     };
     visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
   }
@@ -262,10 +282,12 @@ struct Bwd {
       Turn<kC> turn;
       const bool keeps_turns = kC.deterministic && thread == 0;
 
-      block.for_each_step(p, [&](int32 head, int32 n, bool is_full) {
+#pragma unroll 1
+      for (Steps step(p, block); step.exists(); step.advance()) {
+        const int32 head = step.head, q_row = step.n * kC.block_q;
         const ScoreInputs<kC> in(p, seq, head);
-        const bool masked = kDataMasks<kC> || !is_full;
-        const int32 q_row = n * kC.block_q, key = kv_row + warp_key, query = q_row + query_col;
+        const bool is_full = step.is_full(), masked = kDataMasks<kC> || !is_full;
+        const int32 key = kv_row + warp_key, query = q_row + query_col;
         const int32 stage = rows.stage();
         const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
         const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
@@ -322,7 +344,7 @@ struct Bwd {
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
-      });
+      }
       release(kv_ring);
       if constexpr (kC.deterministic) {
         ptx::barrier_sync(kScoresWritten, kComputingThreads);  // all additions
