@@ -157,9 +157,14 @@ def main() -> int:
         return int(bool(failed))
     import jax
 
-    for name, call in calls().items():
-        print(name, flush=True)
-        jax.block_until_ready(call())
+    from jax_flash import _core
+
+    # Where there are two families of kernels, both.
+    for family in ("portable", "hopper") if "sm_90a" in _core.visible_archs() else ("portable",):
+        _core.override_config({"family": int(family == "hopper")})
+        for name, call in calls().items():
+            print(f"{family}: {name}", flush=True)
+            jax.block_until_ready(call())
     return 0
 
 
