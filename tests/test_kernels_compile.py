@@ -275,6 +275,36 @@ def test_hopper_kernel(case):
     )
 
 
+@pytest.mark.parametrize("family", [PORTABLE, HOPPER])
+@pytest.mark.parametrize(
+    "facts, arch, is_for_hopper",
+    [
+        ({}, "sm_90a", True),
+        ({}, "sm_80", False),
+        ({}, "sm_100a", False),
+        ({"paged": 1}, "sm_90a", False),
+        ({"return_softmax": 1}, "sm_90a", False),
+        ({"num_batch_axes": 2}, "sm_90a", False),
+        ({"aligned": 0}, "sm_90a", False),
+        ({"head_dim_v": 0}, "sm_90a", False),
+    ],
+)
+def test_what_hopper_leaves_to_the_portable_kernels(facts, arch, is_for_hopper, family):
+    facts = {"dtype": BF16, "head_dim": 64, "head_dim_v": 64, "num_batch_axes": 1, "aligned": 1} | facts
+    _core.override_config({"family": family, "min_blocks": 7})
+    try:
+        config = _core.configure(facts, arch)
+    finally:
+        _core.override_config({})
+    assert config["family"] == (HOPPER if is_for_hopper and family == HOPPER else PORTABLE)
+    assert config["min_blocks"] == 7 and _core.configure(facts, arch)["min_blocks"] != 7
+
+
+def test_no_override_of_what_is_no_field():
+    with pytest.raises(ValueError, match="an unknown field of KernelConfig"):
+        _core.override_config({"colour": 1})
+
+
 TILING = ("block_q", "block_kv", "num_warps", "warps_d", "num_stages", "min_blocks", "head_dim", "head_dim_v")
 
 
