@@ -267,8 +267,8 @@ def test_dense(rng, emulated, family, case):
 
 # Of those, what makes a difference to Hopper's kernels; `pytest --hopper` runs them all on these.
 ON_HOPPER = (
-    "64 float16 bottom", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "mask, lengths", "segments",
-    "dropout 128", "dropout 256", "deterministic 256", "everything",
+    "64 float16 bottom", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "segments", "dropout 128",
+    "deterministic 256", "everything",
 )  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def test_vmap(rng, emulated):
 
 def test_vmap_with_shared_keys_on_hopper(rng, emulated):
     """Its tensor maps have one batch axis, here one of size 1 for what all share."""
-    q, k, v = rng.qkv(3, 70, 150, dtype=BF16, dim=64)
+    q, k, v = rng.qkv(3, 70, 150, dtype=BF16, dim=128)
 
     def call(q, k, v):
         attend = functools.partial(flash_attention, is_causal=True, return_lse=True)
@@ -359,7 +359,8 @@ def test_packed(rng, emulated, option, dim, family):
 def test_bad_offsets(rng, emulated, offsets_q, offsets_kv, longest, family):
     """Any result, but no access outside of the arrays."""
     for options in ({}, {"is_causal": True, "deterministic": True}):
-        call, arrays, cotangents = packed(rng, offsets_q, offsets_kv, 64, longest, **options)
+        dim = {PORTABLE: 64, HOPPER: 128}[family]  # whose kernels test_packed needs too
+        call, arrays, cotangents = packed(rng, offsets_q, offsets_kv, dim, longest, **options)
         with emulated(family=family):
             results_of(call, arrays, cotangents)
 
