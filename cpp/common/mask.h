@@ -61,19 +61,27 @@ static constexpr BlockKind classify_block(const MaskRule& rule, int32 row_begin,
   return all.begin <= key_begin && key_end <= all.end ? BlockKind::kFull : BlockKind::kPartial;
 }
 
-// Blocks of keys [first, end) that the rows [row_begin, row_end) see, of which all of them see [full_begin, full_end)
-// whole.
+// Blocks [first, end) of one side that a block of the other side sees, of which it sees [full_begin, full_end) whole.
 struct BlockRange {
   int32 first, end;
   int32 full_begin, full_end;
 };
 
+// Blocks of keys that the rows [row_begin, row_end) see.
 static constexpr BlockRange key_blocks(const MaskRule& rule, int32 row_begin, int32 row_end, int32 block_kv) {
   const Range any = visible_keys(rule, row_begin, row_end);
   const Range all = {visible_keys(rule, row_end - 1).begin, visible_keys(rule, row_begin).end};
   const int32 first = any.begin / block_kv, end = any.begin < any.end ? (any.end - 1) / block_kv + 1 : first;
   const int32 full_begin = int32(ceil_div(all.begin, block_kv)), full_end = all.end / block_kv;
   return full_begin < full_end ? BlockRange{first, end, full_begin, full_end} : BlockRange{first, end, first, first};
+}
+
+// Blocks of rows that see the keys [key, key + keys), which are those in use of a block of block_kv.
+static constexpr BlockRange row_blocks(const MaskRule& rule, int32 key, int32 keys, int32 block_kv, int32 block_q) {
+  const Range any = {visible_rows(rule, key).begin, visible_rows(rule, key + keys - 1).end};
+  const Range all = {visible_rows(rule, key + block_kv - 1).begin, visible_rows(rule, key).end};
+  const int32 first = any.begin / block_q, end = any.begin < any.end ? (any.end - 1) / block_q + 1 : first;
+  return {first, end, int32(ceil_div(all.begin, block_q)), all.end / block_q};
 }
 
 static_assert(visible_keys(MaskRule{4, 6, -1, 0, 2}, 0).end == 3, "bottom-right causal: row 0 sees keys 0..2");

@@ -70,10 +70,7 @@ struct BwdBlock {
 
     // Blocks of queries [first, end), of which the mask shows [full_begin, full_end) whole.
     const MaskRule rule = mask_rule_of(p, seq);
-    const Range any = {visible_rows(rule, kv_row).begin, visible_rows(rule, kv_row + keys - 1).end};
-    const Range all = {visible_rows(rule, kv_row + kC.block_kv - 1).begin, visible_rows(rule, kv_row).end};
-    const int32 first = any.begin / kC.block_q, end = any.begin < any.end ? (any.end - 1) / kC.block_q + 1 : first;
-    const int32 full_begin = int32(ceil_div(all.begin, kC.block_q)), full_end = all.end / kC.block_q;
+    const auto [first, end, full_begin, full_end] = row_blocks(rule, kv_row, keys, kC.block_kv, kC.block_q);
 
     const int32 first_head = int32(kv_head) * group, end_head = first_head + group;
     // Deterministic blocks take turns, so that none may stay away.
@@ -279,12 +276,7 @@ __forceinline__ void bwd(const BwdProblem& p) {
   constexpr int32 kAxes = kC.num_batch_axes;
   for_each_block<kAxes, Side::kKeys, kC.block_kv, num_threads(kC), false>(
       p, [&](const Sequence& s, int32 head, int32 row) { BwdBlock<kC>::run(p, shared, s, head, row); },
-      [&](int64 batch, int64 row) {
-        for (int64 head = 0; head < p.num_heads_kv; ++head) {
-          zero_row<kAxes>(p, p.dk, batch, head, row, p.head_dim);
-          zero_row<kAxes>(p, p.dv, batch, head, row, p.head_dim_v);
-        }
-      });
+      [&](int64 batch, int64 row) { define_stray<kAxes>(p, batch, row); });
 }
 
 }  // namespace flash::sm80

@@ -206,12 +206,7 @@ __forceinline__ void fwd(const FwdProblem& p) {
   constexpr int32 kAxes = kC.num_batch_axes;
   for_each_block<kAxes, Side::kQueries, kC.block_q, num_threads(kC), true>(
       p, [&](const Sequence& s, int32 head, int32 row) { FwdBlock<kC>::run(p, shared, s, head, row); },
-      [&](int64 batch, int64 row) {
-        for (int64 head = 0; head < p.num_heads; ++head) {
-          zero_row<kAxes>(p, p.o, batch, head, row, p.head_dim_v);
-          *address_of<float, kAxes>(p, p.lse, batch, head, row) = -kInfinity;
-        }
-      });
+      [&](int64 batch, int64 row) { define_stray<kAxes>(p, batch, row); });
 }
 
 }  // namespace flash::sm80

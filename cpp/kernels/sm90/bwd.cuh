@@ -69,20 +69,17 @@ struct Bwd {
     int32 kv_head, kv_row, keys;
     MaskRule rule;
     int32 first_head, end_head;
-    int32 first, end, full_begin, full_end;  // blocks of queries, as in BlockRange
+    BlockRange queries;
 
     __forceinline__ Block(const HopperBwdProblem& p, const Sequence& s, int32 head, int32 row)
         : seq(s), kv_head(head), kv_row(row), keys(min_of(kC.block_kv, s.kv.used - row)), rule(mask_rule_of(p, s)) {
       const int32 group = int32(p.num_heads) / int32(p.num_heads_kv);
       first_head = head * group, end_head = first_head + group;
-      const Range any = {visible_rows(rule, row).begin, visible_rows(rule, row + max_of(keys, 1) - 1).end};
-      const Range all = {visible_rows(rule, row + kC.block_kv - 1).begin, visible_rows(rule, row).end};
-      first = any.begin / kC.block_q, end = any.begin < any.end ? (any.end - 1) / kC.block_q + 1 : first;
-      full_begin = int32(ceil_div(all.begin, kC.block_q)), full_end = all.end / kC.block_q;
+      queries = row_blocks(rule, row, max_of(keys, 1), kC.block_kv, kC.block_q);
     }
 
     // Whether no query sees the keys.
-    __forceinline__ bool is_empty() const { return keys <= 0 || first >= end; }
+    __forceinline__ bool is_empty() const { return keys <= 0 || queries.first >= queries.end; }
   };
 
   // The steps of a block: for all heads, the blocks of queries that may see its keys.
@@ -94,10 +91,10 @@ struct Bwd {
         : Steps(block, ScoreInputs<kC>(p, block.seq, block.first_head)) {}
     __forceinline__ bool exists() const { return head < block_.end_head; }
     // Whether the positional mask shows all of it.
-    __forceinline__ bool is_full() const { return block_.full_begin <= n && n < block_.full_end; }
+    __forceinline__ bool is_full() const { return block_.queries.full_begin <= n && n < block_.queries.full_end; }
     __forceinline__ void advance() {
       do {
-        if (++n == block_.end) n = block_.first, ++head;
+        if (++n == block_.queries.end) n = block_.queries.first, ++head;
       } while (exists() && !filter_.may_see(n));
     }
 
@@ -107,7 +104,7 @@ struct Bwd {
 
     __forceinline__ Steps(const Block& block, const ScoreInputs<kC>& in)
         : head(block.first_head),
-          n(block.first - 1),
+          n(block.queries.first - 1),
           block_(block),
           filter_(in.kv_segments, block.kv_row, block.kv_row + block.keys, in.q_segments, block.seq.q.used) {
       advance();
@@ -229,12 +226,7 @@ struct Bwd {
     visit_unit(
         p, int32(threadIdx.x) - 128,
         [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rows, kv_ring); },
-        [&](int64 batch, int64 row) {
-          for (int64 head = 0; head < p.num_heads_kv; ++head) {
-            zero_row<kBatchAxes>(p, p.dk, batch, head, row, p.head_dim);
-            zero_row<kBatchAxes>(p, p.dv, batch, head, row, p.head_dim_v);
-          }
-        });
+        [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
   }
 
   static __forceinline__ void compute_block(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,

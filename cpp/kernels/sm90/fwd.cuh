@@ -157,6 +157,7 @@ struct Fwd {
     typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
     auto release = [&](auto& ring) {
       if (lane == 0) ring.release();
+      ring.advance();
     };
     // Another warpgroup starts its products when this one has issued its own; the last one lets the first begin.
     auto await_turn = [&] {
@@ -202,20 +203,13 @@ struct Fwd {
           hide_rows_behind(p, seq, tile, n, warpgroup, thread % 128);
           issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(tile));
         };
-        auto finish_qk = [&] {
-          release(k_ring);
-          k_ring.advance();
-        };
-        auto finish_pv = [&] {
-          release(v_ring);
-          v_ring.advance();
-        };
         // From raw products to weights; true if o is to be multiplied by `rescale`.
         auto softmax = [&]<bool kMasked>(int32 n) {
           if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
             apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, NoBiasTile{},
                                              [](int32, int32, int32, float) {});
-          const bool grows = online_softmax < kMasked || kDataMasks < kC >> (s, state, rescale, factor);
+          constexpr bool kGuard = kMasked || kDataMasks<kC>;
+          const bool grows = online_softmax<kGuard>(s, state, rescale, factor);
           if constexpr (kC.dropout)
             for_each_dropout_bit<false, 16, kC.block_kv>(
                 in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
@@ -226,7 +220,7 @@ struct Fwd {
         k_ring.wait_full();
         qk_gemm();
         wait_gemm<0>(s);
-        finish_qk();
+        release(k_ring);
         softmax.template operator()<true>(n);  // o is 0 yet, whatever it is multiplied by
         pack<kDType>(probs, s);
         auto step = [&]<bool kMasked>(int32 next) {
@@ -236,11 +230,11 @@ struct Fwd {
           pv_gemm(n);
           pass_turn();
           wait_gemm<1>(s);
-          finish_qk();
+          release(k_ring);
           const bool grows = softmax.template operator()<kMasked>(next);
           ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
           wait_gemm<0>(o);
-          finish_pv();
+          release(v_ring);
           if (grows) scale_rows(o, rescale);
           pack<kDType>(probs, s);
         };
@@ -251,11 +245,11 @@ struct Fwd {
             step.template operator()<true>(next);
           n = next;
         }
-        release(q_ring);
+        if (lane == 0) q_ring.release();
         q_ring.next_round();
         pv_gemm(n);
         wait_gemm<0>(o);
-        finish_pv();
+        release(v_ring);
       }
 
       const float sink =
@@ -271,21 +265,13 @@ struct Fwd {
       store_rows<kDType>(o, o_rows, p.o.row_stride, warp_row, rows, int32(p.head_dim_v),
                          [&](int32 h) { return normalizer[h] * dropout_scale; });
     };
-    auto define_stray = [&](int64 batch, int64 row) {
-      for (int64 head = 0; head < p.num_heads; ++head) {
-        zero_row<kBatchAxes>(p, p.o, batch, head, row, p.head_dim_v);
-        *address_of<float, kBatchAxes>(p, p.lse, batch, head, row) = -kInfinity;
-      }
-    };
-
     const uint32 count = work.count();
     for (uint32 unit = blockIdx.x; unit < count;) {
-      work.visit(unit, thread, attend, define_stray);
+      work.visit(unit, thread, attend, [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
       unit_ring.wait_full();
       unit = reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()];
       __syncwarp();
       release(unit_ring);
-      unit_ring.advance();
     }
   }
 

@@ -36,6 +36,22 @@ __forceinline__ void zero_row(const Problem& p, const View& view, int64 batch, i
   for (int64 c = 0; c < cols; ++c) x[c] = 0;
 }
 
+// Defines the results of a row that lies in no sequence, in one thread.
+template <int32 kBatchAxes>
+__forceinline__ void define_stray(const FwdProblem& p, int64 batch, int64 row) {
+  for (int64 head = 0; head < p.num_heads; ++head) {
+    zero_row<kBatchAxes>(p, p.o, batch, head, row, p.head_dim_v);
+    *address_of<float, kBatchAxes>(p, p.lse, batch, head, row) = -kInfinity;
+  }
+}
+template <int32 kBatchAxes>
+__forceinline__ void define_stray(const BwdProblem& p, int64 batch, int64 row) {
+  for (int64 head = 0; head < p.num_heads_kv; ++head) {
+    zero_row<kBatchAxes>(p, p.dk, batch, head, row, p.head_dim);
+    zero_row<kBatchAxes>(p, p.dv, batch, head, row, p.head_dim_v);
+  }
+}
+
 // Rows of one sequence inside its batch entry: its slot, of which the first `used` take part.
 struct Slot {
   int32 begin;
