@@ -24,14 +24,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--hopper", action="store_true", help="on an H100 or H200, test Hopper's own kernels")
+    parser.addoption("--portable", action="store_true", help="on an H100 or H200, test the portable kernels")
 
 
 def pytest_configure(config):
-    if config.getoption("hopper", False):
+    if config.getoption("portable", False):
         from jax_flash import _core
 
-        _core.override_config({"family": 1})
+        _core.override_config({"family": 0})
 
 
 def _find_gpu() -> jax.Device | None:

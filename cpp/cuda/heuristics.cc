@@ -117,9 +117,8 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   KernelConfig c = facts;
   const Fields& fields = *overridden.load();
   const auto family = fields.find("family");
-  // The portable family, until the other one has been measured on a GPU.
-  if (family != fields.end() && Family(family->second) == Family::kSm90 && is_for_hopper(c, arch))
-    c.family = Family::kSm90, c.bias_tiled = false;
+  const bool portable = family != fields.end() && Family(family->second) == Family::kSm80;
+  if (is_for_hopper(c, arch) && !portable) c.family = Family::kSm90, c.bias_tiled = false;
   const int32 larger = max_of(facts.head_dim, facts.head_dim_v);
   const bool fwd = c.direction == Direction::kFwd, hopper = c.family == Family::kSm90;
   const Tiling t = fwd ? (hopper ? hopper_fwd_tiling(c, larger) : fwd_tiling(c, larger))
