@@ -183,8 +183,8 @@ def _mosaic_unavailable(workload: Workload, pass_: str) -> str | None:
     if pass_ != "forward":
         return "its backward has no causal mask and needs float16"
     plain = not (workload.window or workload.softcap or workload.sequence_lengths or workload.bias)
-    if not plain or workload.dropout_rate or workload.dtype == "float32":
-        return "takes full and causal attention in 16 bits only"
+    if not plain or workload.dropout_rate or workload.dtype != "float16":
+        return "takes full and causal attention in float16 only"
     if workload.head_dim % 64 or workload.head_dim != workload.head_dim_v:
         return "takes head dims 64, 128, 192 and 256"
     if workload.seqlen_q % 256 or workload.seqlen_q != workload.seqlen_kv:

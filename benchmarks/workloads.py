@@ -158,6 +158,7 @@ def _hopper_features() -> list[Workload]:
         causal("dropout_4k", 4096, batch=4, dropout_rate=0.1),
         causal("varlen_4x4k", 16384, sequence_lengths=(4096,) * 4),
         causal("varlen_mixed", sum(mixed), sequence_lengths=mixed),
+        causal("float16_4k", 4096, batch=4, dtype="float16"),
         causal("h192_128_4k", 4096, batch=4, head_dim=192, head_dim_v=128),
         causal("h192_128_16k", 16384, head_dim=192, head_dim_v=128),
         causal("h96_16k", 16384, head_dim=96),

@@ -529,7 +529,10 @@ def test_vmap_with_shared_operands_of_many_tiles(rng):
         actual = jax.jit(jax.vmap(call, in_axes))(*args)
         for i in range(3):
             one = jax.jit(call)(*(x if a is None else x[i] for x, a in zip(args, in_axes, strict=True)))
-            assert_equal(jax.tree.map(lambda x, i=i: x[i], actual), one)
+            actual_one = jax.tree.map(lambda x, i=i: x[i], actual)
+            # Not bit by bit: a second batch axis may be a matter for another family of kernels.
+            assert_equal(jnp.isneginf(actual_one[0][1]), jnp.isneginf(one[0][1]))
+            assert_near(*jax.tree.map(lambda x: jnp.where(jnp.isneginf(x), 0, x), (actual_one, one)), BF16)
 
 
 def test_layers_in_a_scan_with_remat(rng):

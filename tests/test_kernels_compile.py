@@ -59,9 +59,10 @@ FEATURES: dict[str, dict[str, int]] = {
     "paged": {"paged": 1},
     "return_softmax": {"return_softmax": 1, "dropout": 1},
     "deterministic": {"deterministic": 1},
+    "long queries": {"long_queries": 1},
     "all": {"softcap": 1, "alibi": 1, "bias": 1, "mask": 1, "segments": 1, "dropout": 1, "num_batch_axes": 2},
 }
-ONLY = {"paged": FORWARD, "return_softmax": FORWARD, "deterministic": BACKWARD}
+ONLY = {"paged": FORWARD, "return_softmax": FORWARD, "long queries": FORWARD, "deterministic": BACKWARD}
 
 
 class Case(NamedTuple):
@@ -118,10 +119,11 @@ CASES += [
     for arch, dim in (("sm_90a", 64), ("sm_90a", 128), ("sm_90a", 256), ("sm_86", 128), ("sm_86", 256))
     for d in DIRECTIONS
     for feature in features(d)
-    if feature in HEAVY or (arch, dim) == ("sm_90a", 128)
+    if feature in HEAVY or ((arch, dim) == ("sm_90a", 128) and feature != "long queries")
 ]
 
-# Hopper's own kernels; what they cannot do is not here.
+# Hopper's own kernels.
+PORTABLE_ONLY = ("unaligned", "paged", "return_softmax", "scale below 0, two batch axes")
 HOPPER_CASES = [
     Case("sm_90a", d, dim, dim_v, family=HOPPER)
     for dim, dim_v in ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
@@ -131,9 +133,10 @@ HOPPER_CASES += [
     Case("sm_90a", d, 128, 128, feature, family=HOPPER)
     for d in DIRECTIONS
     for feature in features(d)
-    if feature not in ("unaligned", "paged", "return_softmax", "bias of queries", "scale below 0, two batch axes")
+    if feature not in PORTABLE_ONLY and feature not in ("bias of queries", "long queries")
 ]
 HOPPER_CASES += [Case("sm_90a", d, 64, 64, "dropout", F16, HOPPER) for d in DIRECTIONS]
+HOPPER_CASES += [Case("sm_90a", FORWARD, 64, 64, "long queries", family=HOPPER)]
 
 
 # A thread has 255 registers. What does not fit is to be scalars outside of the main loops (pointers, strides, lengths

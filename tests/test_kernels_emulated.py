@@ -137,11 +137,6 @@ def emulated(runtime, monkeypatch):
     return context
 
 
-@pytest.fixture
-def family(request) -> int:
-    return HOPPER if request.config.getoption("hopper") else PORTABLE
-
-
 # ---- Comparison ----
 
 
@@ -261,11 +256,11 @@ def check_dense(rng, emulated, case, family):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_dense(rng, emulated, family, case):
-    check_dense(rng, emulated, case, family)
+def test_dense(rng, emulated, case):
+    check_dense(rng, emulated, case, PORTABLE)
 
 
-# Of those, what makes a difference to Hopper's kernels; `pytest --hopper` runs them all on these.
+# Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
     "64 float16 bottom", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "segments", "dropout 128",
     "deterministic 256", "everything",

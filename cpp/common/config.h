@@ -36,6 +36,7 @@ struct KernelConfig {
   bool paged;
   bool return_softmax;
   bool deterministic;  // backward: dq is summed in a fixed order
+  bool long_queries;   // may be many blocks of queries; only decides the tiles
 
   int32 block_q;
   int32 block_kv;
@@ -43,7 +44,7 @@ struct KernelConfig {
   int32 warps_d;     // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
                      // lie along the keys
   int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward
-  bool ping_pong;    // Hopper's forward: warpgroups take turns at the tensor cores
+  bool ping_pong;    // Hopper's forward: warpgroups take turns, from their products to their first maximum
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
 
   bool operator==(const KernelConfig&) const = default;
@@ -73,6 +74,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("paged", c.paged);
   visit("return_softmax", c.return_softmax);
   visit("deterministic", c.deterministic);
+  visit("long_queries", c.long_queries);
   visit("block_q", c.block_q);
   visit("block_kv", c.block_kv);
   visit("num_warps", c.num_warps);

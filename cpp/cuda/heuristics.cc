@@ -57,9 +57,11 @@ bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
 // Registers bound the tiles: two warpgroups have 240 per thread, for 64 rows of O and of scores and for the weights.
 // Then shared memory, of which two buffers each of K and V shall fit.
 Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
+  const bool plain = !(c.softcap || c.alibi || c.bias || c.mask || c.segments || c.dropout);
+  if (head_dim <= 64 && c.long_queries && plain) return {192, 128, 12, 1, 4, 1, true};
   if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
   if (head_dim > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
-  return {128, 128, 8, 1, head_dim > 64 ? 2 : 4, 1, true};
+  return {128, 128, 8, 1, head_dim > 64 ? 2 : 4, 1, head_dim <= 64};
 }
 
 // Operands that each score needs hold registers of their own: with several of them, or with rows that are copied
@@ -101,6 +103,7 @@ Tiling bwd_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
 KernelConfig facts_of(const FwdProblem& problem) {
   KernelConfig c = facts_of_both(problem, Direction::kFwd);
   c.return_softmax = problem.options.return_softmax;
+  c.long_queries = problem.max_seqlen_q >= 2048;
   return c;
 }
 
@@ -135,6 +138,7 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
   c.ping_pong = t.ping_pong;
+  c.long_queries = false;
   if (shared_bytes(c) > arch.max_shared_bytes) c.bias_tiled = false;  // then it is read element by element
   if (!fields.empty())
     for_each_field(c, [&](const char* name, auto& field) {

@@ -54,6 +54,9 @@ struct Bwd {
   static constexpr int32 kQueries = kC.block_q / kD;  // of a warpgroup's part of S^T
   static constexpr int32 kDqShares = column_shares_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
+  // K and V as left operands from registers, where these suffice. Shared memory, of which two of the five products then
+  // read half as much, bounds small head dims.
+  static constexpr bool kKvInRegisters = kD == 1 && max_of(kC.head_dim, kC.head_dim_v) <= 64;
   // Registers per thread of the copying warpgroup and of the others.
   static constexpr bool kIsTight = kD == 1 && kC.head_dim > 64;
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
@@ -271,6 +274,15 @@ struct Bwd {
       using Q = typename Storage::Q;
       using O = typename Storage::O;
       using S = typename Storage::S;
+      uint32 k_rows[1][kC.head_dim / 16][4], v_rows[1][kC.head_dim_v / 16][4];
+      if constexpr (kKvInRegisters) {
+        const RowsOfA<K> k{{base, Storage::kK, warp_key}};
+        const RowsOfA<V> v{{base, Storage::kV, warp_key}};
+#pragma unroll
+        for (int32 i = 0; i < kC.head_dim / 16; ++i) k.load(k_rows[0][i], 0, 16 * i);
+#pragma unroll
+        for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
+      }
       Turn<kC> turn;
       const bool keeps_turns = kC.deterministic && thread == 0;
 
@@ -292,10 +304,15 @@ struct Bwd {
         Accumulator<16, kC.head_dim / kDqShares> dq;
         rows.wait_full();
         if (masked) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
-        issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
-                                               RowsOperand<Q>(q_tile, query_col));
-        issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
-                                                 RowsOperand<O>(do_tile, query_col));
+        if constexpr (kKvInRegisters) {
+          issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(q_tile, query_col));
+          issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(do_tile, query_col));
+        } else {
+          issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
+                                                 RowsOperand<Q>(q_tile, query_col));
+          issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
+                                                   RowsOperand<O>(do_tile, query_col));
+        }
         TileGradient<kC, 16, kQueries> gradient;
         wait_gemm<1>(s);
         gradient.weights(s, p, in, !is_full, key, query, NoBiasTile{},

@@ -159,7 +159,8 @@ struct Fwd {
       if (lane == 0) ring.release();
       ring.advance();
     };
-    // Another warpgroup starts its products when this one has issued its own; the last one lets the first begin.
+    // Another warpgroup starts its products when this one begins with its exponentials, so that no two compute those at
+    // the same time; the last one lets the first begin.
     auto await_turn = [&] {
       if constexpr (kC.ping_pong) ptx::barrier_sync(kTurn + warpgroup, 256);
     };
@@ -192,24 +193,32 @@ struct Fwd {
         Accumulator<16, kC.block_kv> s;
         uint32 probs[1][kC.block_kv / 16][4];
         float rescale[2];
+        auto v_tile = [&] { return base + Storage::kV + v_ring.stage() * Storage::V::kBytes; };
         const RowsOperand<typename Storage::Q> q(base + Storage::kQ + warpgroup * Storage::Q::kBytes);
         auto qk_gemm = [&] {
           const RowsOperand<typename Storage::K> k(base + Storage::kK + k_ring.stage() * Storage::K::kBytes);
           issue_gemm<kDType, kC.head_dim, false>(s, q, k);
         };
-        auto pv_gemm = [&](int32 n) {
-          const uint32 tile = base + Storage::kV + v_ring.stage() * Storage::V::kBytes;
+        auto pv_gemm = [&] {
           v_ring.wait_full();
-          hide_rows_behind(p, seq, tile, n, warpgroup, thread % 128);
-          issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(tile));
+          issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(v_tile()));
         };
-        // From raw products to weights; true if o is to be multiplied by `rescale`.
-        auto softmax = [&]<bool kMasked>(int32 n) {
+        // From raw products to weights, one half of the columns after the other: the second half's maximum is found beside
+        // the first half's exponentials. True if o is to be multiplied by `rescale`. Calls on_maximum() after the first.
+        auto softmax = [&]<bool kMasked>(int32 n, auto on_maximum) {
           if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
             apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, NoBiasTile{},
                                              [](int32, int32, int32, float) {});
           constexpr bool kGuard = kMasked || kDataMasks<kC>;
-          const bool grows = online_softmax<kGuard>(s, state, rescale, factor);
+          constexpr int32 kHalf = kC.block_kv / 32 * 16;
+          bool grows = online_softmax<kGuard, 0, kHalf>(s, state, rescale, factor, on_maximum);
+          float late[2];
+          if (online_softmax<kGuard, kHalf, kC.block_kv>(s, state, late, factor, [] {})) {
+            scale_rows<0, kHalf>(s, late);
+#pragma unroll
+            for (int32 r = 0; r < 2; ++r) rescale[r] = grows ? rescale[r] * late[r] : late[r];
+            grows = true;
+          }
           if constexpr (kC.dropout)
             for_each_dropout_bit<false, 16, kC.block_kv>(
                 in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
@@ -221,33 +230,38 @@ struct Fwd {
         qk_gemm();
         wait_gemm<0>(s);
         release(k_ring);
-        softmax.template operator()<true>(n);  // o is 0 yet, whatever it is multiplied by
+        softmax.template operator()<true>(n, [] {});  // o is 0 yet, whatever it is multiplied by
         pack<kDType>(probs, s);
+        v_ring.wait_full();
+        hide_rows_behind(p, seq, v_tile(), n, warpgroup, thread % 128);
         auto step = [&]<bool kMasked>(int32 next) {
           k_ring.wait_full();
           await_turn();
           qk_gemm();
-          pv_gemm(n);
-          pass_turn();
+          pv_gemm();
           wait_gemm<1>(s);
           release(k_ring);
-          const bool grows = softmax.template operator()<kMasked>(next);
+          const bool grows = softmax.template operator()<kMasked>(next, pass_turn);
           ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
           wait_gemm<0>(o);
           release(v_ring);
-          if (grows) scale_rows(o, rescale);
+          if (grows) scale_rows<0, kC.head_dim_v>(o, rescale);
           pack<kDType>(probs, s);
         };
-        for (int32 next = keys.below(n); keys.exists(next); next = keys.below(n)) {
-          if (keys.is_full(next))
-            step.template operator()<false>(next);
-          else
+        for (int32 next = keys.below(n); keys.exists(next);) {
+          if (keys.is_full(next)) {
+            do {
+              step.template operator()<false>(next);
+              next = keys.below(next);
+            } while (keys.exists(next) && keys.is_full(next));
+          } else {
             step.template operator()<true>(next);
-          n = next;
+            next = keys.below(next);
+          }
         }
         if (lane == 0) q_ring.release();
         q_ring.next_round();
-        pv_gemm(n);
+        pv_gemm();
         wait_gemm<0>(o);
         release(v_ring);
       }
