@@ -59,7 +59,8 @@ $(GPU)/installed: $(SOURCES)
 	touch $@
 
 test-gpu: $(GPU)/installed  ## the half of the tests that runs on the GPU, which the workers share
-	$(GPU)/bin/pytest -n $(GPU_WORKERS) $(GPU_OPTIONS) -k cuda $(GPU_TESTS)
+	$(GPU)/bin/pytest -n $(GPU_WORKERS) $(GPU_OPTIONS) -k 'cuda and not 2_to_31' $(GPU_TESTS)
+	$(GPU)/bin/pytest $(GPU_OPTIONS) -k 'cuda and 2_to_31' tests/test_cuda.py  # one by one: each takes much of the memory
 
 # compute-sanitizer's four tools over a small subset of everything; it is part of the CUDA toolkit.
 test-sanitizer-gpu: $(GPU)/installed

@@ -132,18 +132,21 @@ struct Fwd {
 
     const uint32 count = work.count();
     int32* counter = static_cast<int32*>(p.next_unit.data);
-    for (uint32 unit = blockIdx.x; unit < count;) {
-      // Asked for before it is needed, lest its way through memory is waited for.
-      uint32 next = first_lane ? gridDim.x + uint32(ptx::atom_add(counter, 1)) : 0;
-      work.visit(unit, threadIdx.x, load_block, [](int64, int64) {});
-      next = __shfl_sync(~0u, next, 0);
+    // All know the first unit of a thread block and this warp the second one too. Others are asked for one unit ahead:
+    // the computing warps learn of the next one before they write their results, which they would queue behind.
+    uint32 unit = blockIdx.x, next = unit + gridDim.x;
+    while (unit < count) {
+      uint32 asked_for = 0;
       if (first_lane) {
         unit_ring.wait_empty();
         reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()] = next;
         ptx::mbarrier_arrive(unit_ring.full());
+        asked_for = 2 * gridDim.x + uint32(ptx::atom_add(counter, 1));
       }
       unit_ring.advance();
+      work.visit(unit, threadIdx.x, load_block, [](int64, int64) {});
       unit = next;
+      next = __shfl_sync(~0u, asked_for, 0);
     }
   }
 
@@ -203,13 +206,16 @@ struct Fwd {
           v_ring.wait_full();
           issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(v_tile()));
         };
-        // From raw products to weights, one half of the columns after the other: the second half's maximum is found beside
-        // the first half's exponentials. True if o is to be multiplied by `rescale`. Calls on_maximum() after the first.
-        auto softmax = [&]<bool kMasked>(int32 n, auto on_maximum) {
-          if constexpr (kMasked || kScoresInLog2<kC> || kDataMasks<kC>)
+        constexpr bool kRawScores = !kScoresInLog2<kC> && !kDataMasks<kC>;  // where the positional mask shows all
+        auto scores = [&]<bool kMasked>(int32 n) {
+          if constexpr (kMasked || !kRawScores)
             apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, NoBiasTile{},
                                              [](int32, int32, int32, float) {});
-          constexpr bool kGuard = kMasked || kDataMasks<kC>;
+        };
+        // From scores to weights, one half of the columns after the other: the second half's maximum is found beside
+        // the first half's exponentials. True if o is to be multiplied by `rescale`. Calls on_maximum() after the first
+        // one.
+        auto softmax = [&]<bool kGuard>(int32 n, auto on_maximum) {
           constexpr int32 kHalf = kC.block_kv / 32 * 16;
           bool grows = online_softmax<kGuard, 0, kHalf>(s, state, rescale, factor, on_maximum);
           float late[2];
@@ -230,6 +236,7 @@ struct Fwd {
         qk_gemm();
         wait_gemm<0>(s);
         release(k_ring);
+        if (!kRawScores || !keys.is_full(n)) scores.template operator()<true>(n);
         softmax.template operator()<true>(n, [] {});  // o is 0 yet, whatever it is multiplied by
         pack<kDType>(probs, s);
         v_ring.wait_full();
@@ -241,7 +248,8 @@ struct Fwd {
           pv_gemm();
           wait_gemm<1>(s);
           release(k_ring);
-          const bool grows = softmax.template operator()<kMasked>(next, pass_turn);
+          scores.template operator()<kMasked>(next);
+          const bool grows = softmax.template operator() < kMasked || kDataMasks < kC >> (next, pass_turn);
           ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
           wait_gemm<0>(o);
           release(v_ring);
@@ -281,11 +289,12 @@ struct Fwd {
     };
     const uint32 count = work.count();
     for (uint32 unit = blockIdx.x; unit < count;) {
-      work.visit(unit, thread, attend, [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
       unit_ring.wait_full();
-      unit = reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()];
+      const uint32 next = reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()];
       __syncwarp();
       release(unit_ring);
+      work.visit(unit, thread, attend, [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
+      unit = next;
     }
   }
 

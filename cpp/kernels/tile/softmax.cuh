@@ -28,9 +28,9 @@ __forceinline__ float quad_sum(float x) {
 // below 2^8, which costs no precision, and o need hardly ever be rescaled.
 inline constexpr float kMaxLag = 8.0f;
 
-// Columns kBegin to kEnd of s become 2^(s - max). Where the maximum has grown by kMaxLag in a row of the warp the result
-// is true, and what was computed before must be multiplied by `rescale`. kGuard: a row may have seen no key so far.
-// on_maximum() is called between maximum and exponentials.
+// Columns kBegin to kEnd of s become 2^(s - max). Where the maximum has grown by kMaxLag in a row of the warp the
+// result is true, and what was computed before must be multiplied by `rescale`. kGuard: a row may have seen no key so
+// far. on_maximum() is called between maximum and exponentials.
 template <bool kGuard, int32 kBegin, int32 kEnd, int32 kM, int32 kN, class OnMaximum>
 __forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
                                     float factor, OnMaximum on_maximum) {
