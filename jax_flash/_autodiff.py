@@ -77,7 +77,7 @@ _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
 
 
 def _attend_fwd(attrs: Attrs, operands: Arrays):
-    # XLA of jaxlib 0.11.2 fuses the call with the writing of `out` to the stack of a scan's residuals, and computes it a
+    # XLA of jaxlib 0.11.2 fuses the call with the writing of `out` to a scan's stack of residuals, and computes it a
     # second time for all else that takes `out` (openxla/xla pull request 45799). It does not look behind a barrier.
     out, lse = jax.lax.optimization_barrier(_attend(attrs, operands))
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
