@@ -32,8 +32,7 @@ def _functions() -> dict[str, Callable[..., jax.Array]]:
     import jax_flash
 
     def elementwise(query, key, value):
-        del key, value
-        return jnp.sin(query)
+        return query + key * value
 
     functions = {"elementwise": elementwise, "attention": jax_flash.flash_attention}
     if peers.on_gpu():

@@ -57,9 +57,10 @@ def forward(attrs: Attrs, operands: Arrays) -> Arrays:
 
 
 def backward(attrs: Attrs, operands: Arrays) -> Arrays:
-    """Gradients by operand name (``query key value``, ``bias`` in float32) and ``delta [..., N, T]``.
+    """Gradients by operand name (``query key value``, with ``attrs.bias_gradient`` ``bias`` in float32) and ``delta``.
 
-    ``delta`` is rowsum(d_out * out) - d_lse: the gradient of the logsumexp's shift, from which that of sinks follows.
+    ``delta [..., N, T]`` is rowsum(d_out * out) - d_lse: the gradient of the logsumexp's shift, from which that of
+    sinks follows.
     """
     return _call(BACKWARD_TARGET, attrs, _sorted_names(operands))(operands)
 
@@ -69,7 +70,7 @@ def _sorted_names(operands: Arrays) -> tuple[str, ...]:
 
 
 def _result_axes(target: str, attrs: Attrs, names: tuple[str, ...]) -> dict[str, str]:
-    return forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
+    return forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(attrs)
 
 
 def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.ShapeDtypeStruct]:

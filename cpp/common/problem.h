@@ -76,7 +76,7 @@ struct BwdProblem : Problem {
   View d_o, d_lse;  // cotangents
   View dq, dk, dv;
   View delta;  // [batch, head, row] float32: rowsum(dO * O) - dLSE
-  View dbias;  // float32, shaped as bias
+  View dbias;  // float32, shaped as bias; no data where it is not wanted
   int64 dbias_elements;
   // Scratch memory of the CUDA kernels, without meaning to the caller. Not zero when the call starts.
   View dq_accum;  // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh
@@ -94,6 +94,11 @@ struct HopperFwdProblem : FwdProblem {
   TensorMap q_map, k_map, v_map;
   int32 heads_per_section;  // see Units
 };
+
+// Whether there are more units of work than two for each thread block, which none needs the counter for.
+static constexpr bool asks_for_units(int64 units, int64 blocks) {
+  return units > 2 * blocks;
+}
 
 // Likewise Hopper's backward kernel.
 struct HopperBwdProblem : BwdProblem {

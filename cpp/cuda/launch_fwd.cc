@@ -25,9 +25,9 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
   h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel_cols(c.head_dim), c.block_kv);
   h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_cols(c.head_dim_v), c.block_kv);
   h.heads_per_section = heads_per_section(p);
-  set_zero(p.next_unit.data, 4, stream);
-  launch(load(c, device).entry[0], min_of<int64>(units, multiprocessors_of(device)), num_threads(c), shared_bytes(c),
-         stream, &h);
+  const int64 blocks = min_of<int64>(units, multiprocessors_of(device));
+  if (asks_for_units(units, blocks)) set_zero(p.next_unit.data, 4, stream);
+  launch(load(c, device).entry[0], blocks, num_threads(c), shared_bytes(c), stream, &h);
 }
 
 }  // namespace

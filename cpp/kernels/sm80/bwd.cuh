@@ -191,7 +191,7 @@ struct BwdBlock {
       // In the middle of the step: dS^T (and P^T) are there for all, and the bias has been read.
       auto meet = [&] {
         __syncthreads();
-        if (keeps_turns) turn.pass_on();
+        if (keeps_turns) turn.pass_on_last();
         if constexpr (kC.num_stages > 1) {
           if (next >= 0) load_bias_tile(next);
           ptx::cp_async_commit();
@@ -245,7 +245,7 @@ struct BwdBlock {
     // dk and dv leave through the memory of k and v.
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (keeps_turns) turn.pass_on();
+    if (keeps_turns) turn.pass_on_last();
     TileWriter<typename Storage::K>(base, Storage::kK, key_row, 16 * warp_d)
         .template store<kDType, kWarpsD>(dk_sum, [&](int32, int32) { return p.options.scale; });
     TileWriter<typename Storage::V>(base, Storage::kV, key_row, 16 * warp_d)

@@ -40,7 +40,8 @@ struct BwdStorage {
   static constexpr int32 kDelta = kLse + kC.num_stages * 4 * kC.block_q;
   static constexpr int32 kRowBarriers = kDelta + kC.num_stages * 4 * kC.block_q;  // of q, dO, lse and delta
   static constexpr int32 kKvBarriers = kRowBarriers + Stages::kBytes;
-  static_assert(kKvBarriers + Ring<1>::kBytes <= kRowBarriers + kBarrierBytes);
+  static constexpr int32 kTurnBarriers = kKvBarriers + Ring<1>::kBytes;
+  static_assert(kTurnBarriers + Ring<1>::kBytes <= kRowBarriers + kBarrierBytes);
   static_assert(kRowBarriers + kBarrierBytes == shared_bytes(kC));
 };
 
@@ -123,6 +124,7 @@ struct Bwd {
       // Two warps fill a stage: one with q and dO, one with lse and delta.
       Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps, 2);
       Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
+      Ring<1>::init(base + Storage::kTurnBarriers, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -132,6 +134,8 @@ struct Bwd {
         copy(p, base);
       else if (threadIdx.x < 64)
         copy_statistics(p, shared, base);
+      else if (kC.deterministic && threadIdx.x < 96)
+        keep_turns(p, base);
     } else {
       ptx::setmaxnreg_inc<kComputingRegisters>();
       compute(p, shared, base);
@@ -221,19 +225,46 @@ struct Bwd {
     visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
   }
 
+  // The warp that waits for turns at dq and passes them on, whose ways through global memory nobody else then has to
+  // wait for. It fills a ring of one buffer with turns, which are empty when all warps have added.
+  static __forceinline__ void keep_turns(const HopperBwdProblem& p, uint32 base) {
+    Ring<1> turns(base + Storage::kTurnBarriers);
+    const bool first_lane = threadIdx.x % 32 == 0;
+    auto keep = [&](const Block& block) {
+      if (block.is_empty()) return;
+      Turn<kC> turn;
+      auto pass_on = [&] {
+        turns.wait_empty();
+        turn.pass_on();
+      };
+#pragma unroll 1
+      for (Steps step(p, block); step.exists(); step.advance()) {
+        if (first_lane) {
+          pass_on();
+          turn.wait(p, block.seq, block.rule, step.head, block.kv_row / kC.block_kv, step.n * kC.block_q);
+          ptx::mbarrier_arrive(turns.full());
+        }
+        turns.advance();
+      }
+      if (first_lane) pass_on();
+    };
+    visit_unit(p, threadIdx.x, keep, [](int64, int64) {});
+  }
+
   // A warp that computes.
   static __forceinline__ void compute(const HopperBwdProblem& p, char* shared, uint32 base) {
     typename Storage::Stages rows(base + Storage::kRowBarriers);
-    Ring<1> kv_ring(base + Storage::kKvBarriers);
+    Ring<1> kv_ring(base + Storage::kKvBarriers), turns(base + Storage::kTurnBarriers);
     const int32 warpgroup = uniform(int32(threadIdx.x) / 128 - 1);
     visit_unit(
         p, int32(threadIdx.x) - 128,
-        [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rows, kv_ring); },
+        [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rows, kv_ring, turns); },
         [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
   }
 
   static __forceinline__ void compute_block(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
-                                            int32 warpgroup, typename Storage::Stages& rows, Ring<1>& kv_ring) {
+                                            int32 warpgroup, typename Storage::Stages& rows, Ring<1>& kv_ring,
+                                            Ring<1>& turns) {
     const Sequence& seq = block.seq;
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
     const int32 warp_in_group = thread % 128 / 32;
@@ -283,9 +314,6 @@ struct Bwd {
 #pragma unroll
         for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
       }
-      Turn<kC> turn;
-      const bool keeps_turns = kC.deterministic && thread == 0;
-
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const int32 head = step.head, q_row = step.n * kC.block_q;
@@ -335,11 +363,9 @@ struct Bwd {
         pack<kDType>(dscores, ds);
         TileWriter<S>(base, ds_tile, warp_key, query_col).store(dscores);
         ptx::fence_proxy_async();
-        if (keeps_turns) turn.wait(p, seq, block.rule, head, kv_row / kC.block_kv, q_row);
         __syncwarp();
         // All have written dS^T (and P^T), and are done with what was in the other buffer.
         ptx::barrier_sync(kScoresWritten, kComputingThreads);
-        if (keeps_turns) turn.pass_on();
         issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<S>(base + ds_tile, dq_row),
                                                ColsOperand<K>(base + Storage::kK, dq_col));
         if constexpr (kD == 1) {
@@ -349,16 +375,17 @@ struct Bwd {
           issue_gemm<kDType, kC.block_q, true>(dk_sum, RowsOperand<S>(base + ds_tile), ColsOperand<Q>(q_tile, dk_col));
         }
         wait_gemm<kD>(dq);
+        if constexpr (kC.deterministic) turns.wait_full();
         add_to_dq<kC, 1>(p, seq, head, dq, q_row + dq_row + 16 * warp_in_group, dq_col);
+        if constexpr (kC.deterministic) {
+          __syncwarp();  // all lanes have added
+          release(turns);
+        }
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
       }
       release(kv_ring);
-      if constexpr (kC.deterministic) {
-        ptx::barrier_sync(kScoresWritten, kComputingThreads);  // all additions
-        if (keeps_turns) turn.pass_on();
-      }
     }
     const float dropout_scale = 256.0f / float(p.options.keep_threshold);
     store_rows<kDType>(dk_sum, target(p.dk) + dk_col, p.dk.row_stride, warp_key, keys, int32(p.head_dim) - dk_col,

@@ -132,16 +132,17 @@ struct Fwd {
 
     const uint32 count = work.count();
     int32* counter = static_cast<int32*>(p.next_unit.data);
-    // All know the first unit of a thread block and this warp the second one too. Others are asked for one unit ahead:
-    // the computing warps learn of the next one before they write their results, which they would queue behind.
+    // The first two units of a thread block are known. Others, if there are any, are asked for one unit ahead: the
+    // computing warps learn of the next one before they write their results, which they would queue behind.
+    const bool asks = asks_for_units(count, gridDim.x);
     uint32 unit = blockIdx.x, next = unit + gridDim.x;
     while (unit < count) {
-      uint32 asked_for = 0;
+      uint32 asked_for = count;
       if (first_lane) {
         unit_ring.wait_empty();
         reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()] = next;
         ptx::mbarrier_arrive(unit_ring.full());
-        asked_for = 2 * gridDim.x + uint32(ptx::atom_add(counter, 1));
+        if (asks) asked_for = 2 * gridDim.x + uint32(ptx::atom_add(counter, 1));
       }
       unit_ring.advance();
       work.visit(unit, threadIdx.x, load_block, [](int64, int64) {});

@@ -103,10 +103,11 @@ class TileGradient {
   uint32 cap_slope_[kM / 16][kC.softcap ? kN / 8 : 1][2];
 };
 
-// Adds dS^T, whose tile starts at (key, query), to the bias gradient, whose shape may broadcast.
+// Adds dS^T, whose tile starts at (key, query), to the bias gradient, if there is one. Its shape may broadcast.
 template <KernelConfig kC, int32 kM, int32 kN>
 __forceinline__ void add_to_dbias(const BwdProblem& p, const Sequence& seq, int64 head, const Accumulator<kM, kN>& ds,
                                   int32 key, int32 query) {
+  if (!p.dbias.data) return;
   float* dbias = address_of<float, kC.num_batch_axes>(p, p.dbias, seq.batch, head, 0);
   const int32 lane = threadIdx.x % 32;
 #pragma unroll
@@ -139,13 +140,12 @@ __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 h
     }
 }
 
-// If deterministic, the blocks of keys that a block of queries sees add to dq in turn. One thread keeps the turns; the
-// others follow it through a barrier in the middle of a step. It passes a turn on at that barrier of the next step,
-// when the additions have long arrived and cost no wait.
+// If deterministic, the blocks of keys that a block of queries sees add to dq in turn. One thread keeps the turns of a
+// thread block; the others follow it through a barrier.
 template <KernelConfig kC>
 class Turn {
  public:
-  // In front of the barrier: for the turn of block kv_block at the queries from q_row on.
+  // In front of that: for the turn of block kv_block at the queries from q_row on.
   __forceinline__ void wait(const BwdProblem& p, const Sequence& seq, const MaskRule& rule, int32 head, int32 kv_block,
                             int32 q_row) {
     ticket_ = address_of<int32, kC.num_batch_axes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
@@ -154,18 +154,26 @@ class Turn {
     while (ptx::ld_acquire(ticket_) != number) {
     }
   }
-  // Behind it, which all additions of the step before precede.
+  // When this thread knows that all have added: passes the turn on, if it has come.
   __forceinline__ void pass_on() {
-    if (held_) {
-      __threadfence();
-      ptx::red_release_add(held_, 1);
-    }
-    held_ = ticket_;
+    pass(ticket_);
+    ticket_ = nullptr;
+  }
+  // When it knows so of the turn before: passes that one on. The additions have long arrived then, and cost no wait.
+  __forceinline__ void pass_on_last() {
+    pass(last_);
+    last_ = ticket_;
   }
 
  private:
+  static __forceinline__ void pass(int32* ticket) {
+    if (!ticket) return;
+    __threadfence();
+    ptx::red_release_add(ticket, 1);
+  }
+
   int32* ticket_ = nullptr;
-  int32* held_ = nullptr;
+  int32* last_ = nullptr;
 };
 
 }  // namespace flash
