@@ -95,6 +95,8 @@ def _ours(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
 def _jax_nn_unavailable(workload: Workload) -> str | None:
     if workload.softcap is not None or workload.dropout_rate or workload.head_dim != workload.head_dim_v:
         return "jax.nn has no soft cap, no dropout and one head dim"
+    if workload.deterministic:
+        return "jax.nn cannot ask for a deterministic backward"
     if workload.seqlen_q != workload.seqlen_kv and (workload.is_causal or workload.window):
         return "jax.nn aligns masks to the top left"
     return None
@@ -242,6 +244,8 @@ def _torch_unavailable(workload: Workload, pass_: str) -> str | None:
             return "this torch has no CUDA"
     if workload.softcap is not None or workload.window or workload.sequence_lengths:
         return "its flash attention has no soft cap, window or packed sequences"
+    if workload.deterministic:
+        return "its flash attention is deterministic only for all of the process"
     if workload.head_dim != workload.head_dim_v:
         return "its flash attention has one head dim"
     if workload.dropout_rate and not on_gpu():
