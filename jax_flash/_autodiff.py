@@ -90,7 +90,8 @@ def _attend_fwd(attrs: Attrs, primals: dict):
 def _attend_bwd(attrs: Attrs, residuals, cotangents):
     operands, out, lse, wanted = residuals
     d_out, d_lse = (
-        jnp.zeros(c.shape, c.dtype) if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents
+        jnp.zeros_like(x) if isinstance(c, jax.custom_derivatives.SymbolicZero) else c
+        for c, x in zip(cotangents, (out, lse), strict=True)
     )
     attrs = dataclasses.replace(attrs, bias_gradient="bias" in wanted)
     # A sink is no operand of the backward call: it acts through lse alone.
