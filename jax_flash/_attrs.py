@@ -56,7 +56,6 @@ class Attrs:
       keep_threshold: an element is kept iff its random byte is below this; 256 for no dropout.
       deterministic: the backward pass must be bitwise reproducible.
       return_softmax: the forward pass also returns the probabilities.
-      bias_gradient: the backward pass also returns the gradient of the bias.
       max_seqlen_q: static bound on the length of a packed query sequence; 0 if not packed.
       max_seqlen_kv: likewise for keys.
       num_splits: parts of the keys that a paged call treats in parallel; 0 leaves the choice to the implementation.
@@ -70,7 +69,6 @@ class Attrs:
     keep_threshold: int = NO_DROPOUT
     deterministic: bool = False
     return_softmax: bool = False
-    bias_gradient: bool = False
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
     num_splits: int = 0
@@ -117,9 +115,9 @@ def backward_scratch_axes(attrs: Attrs) -> dict[str, str]:
     return {"dq_accum": "NUF"} | ({"tickets": "NT"} if attrs.deterministic else {})
 
 
-def backward_axes(attrs: Attrs) -> dict[str, str]:
+def backward_axes(operands: tuple[str, ...]) -> dict[str, str]:
     """Results of the backward call and their axes."""
     results = {"query": "TNH", "key": "SKH", "value": "SKD", "delta": "NT"}
-    if attrs.bias_gradient:
+    if "bias" in operands:
         results["bias"] = "nts"
     return results

@@ -76,40 +76,33 @@ def _attend_primal(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array
 _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
 
 
-def _attend_fwd(attrs: Attrs, primals: dict):
-    operands: Arrays = {name: primal.value for name, primal in primals.items()}
-    # The gradient of a bias may take as much as the scores. No leaf of the residuals, but a part of their structure.
-    wanted = {"bias": ()} if "bias" in primals and primals["bias"].perturbed else {}
+def _attend_fwd(attrs: Attrs, operands: Arrays):
     # XLA of jaxlib 0.11.2 fuses the call with the writing of `out` to a scan's stack of residuals, and computes it a
     # second time for all else that takes `out` (openxla/xla pull request 45799). It does not look behind a barrier.
     out, lse = jax.lax.optimization_barrier(_attend(attrs, operands))
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
-    return (out, lse), (operands, out, lse, wanted)
+    return (out, lse), (operands, out, lse)
 
 
 def _attend_bwd(attrs: Attrs, residuals, cotangents):
-    operands, out, lse, wanted = residuals
-    d_out, d_lse = (
-        jnp.zeros_like(x) if isinstance(c, jax.custom_derivatives.SymbolicZero) else c
-        for c, x in zip(cotangents, (out, lse), strict=True)
-    )
-    attrs = dataclasses.replace(attrs, bias_gradient="bias" in wanted)
+    operands, out, lse = residuals
+    d_out, d_lse = cotangents
     # A sink is no operand of the backward call: it acts through lse alone.
     inputs = {n: x for n, x in operands.items() if n != "sinks"}
-    if attrs.deterministic and attrs.bias_gradient:
+    if attrs.deterministic and "bias" in operands:
         # CUDA kernels sum the gradient over axes that the bias broadcasts by atomic additions, in any order. Formed in
         # full it has one addend each, and XLA sums it.
         inputs["bias"] = jnp.broadcast_to(inputs["bias"], _scores_shape(operands))
     results = backward(attrs, {**inputs, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse})
     gradients = {n: results[n] for n in ("query", "key", "value")}
-    if attrs.bias_gradient:
+    if "bias" in operands:
         gradients["bias"] = _summed_to(operands["bias"].shape, results["bias"]).astype(operands["bias"].dtype)
     if "sinks" in operands:
         gradients["sinks"] = _sinks_gradient(operands["sinks"], lse, results["delta"])
     return ({name: gradients.get(name) for name in operands},)
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _scores_shape(operands: Arrays) -> tuple[int, ...]:

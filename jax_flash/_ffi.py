@@ -57,10 +57,9 @@ def forward(attrs: Attrs, operands: Arrays) -> Arrays:
 
 
 def backward(attrs: Attrs, operands: Arrays) -> Arrays:
-    """Gradients by operand name (``query key value``, with ``attrs.bias_gradient`` ``bias`` in float32) and ``delta``.
+    """Gradients by operand name (``query key value``, ``bias`` in float32) and ``delta [..., N, T]``.
 
-    ``delta [..., N, T]`` is rowsum(d_out * out) - d_lse: the gradient of the logsumexp's shift, from which that of
-    sinks follows.
+    ``delta`` is rowsum(d_out * out) - d_lse: the gradient of the logsumexp's shift, from which that of sinks follows.
     """
     return _call(BACKWARD_TARGET, attrs, _sorted_names(operands))(operands)
 
@@ -70,7 +69,7 @@ def _sorted_names(operands: Arrays) -> tuple[str, ...]:
 
 
 def _result_axes(target: str, attrs: Attrs, names: tuple[str, ...]) -> dict[str, str]:
-    return forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(attrs)
+    return forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
 
 
 def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.ShapeDtypeStruct]:

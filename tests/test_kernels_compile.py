@@ -107,19 +107,20 @@ CASES = [Case(arch, d, dim, dim) for arch in SHARED_LIMITS for dim in CLASSES fo
 # Unequal head dims, and rows that do not start on 16 bytes.
 CASES += [
     Case(arch, d, *dims)
-    for arch in ("sm_80", "sm_90a", "sm_120a")
+    for arch in ("sm_80", "sm_90a")
     for dims in ((192, 128), (111, 111))
     for d in DIRECTIONS
 ]
 CASES += [Case(arch, d, dim, dim, dtype=F16) for arch, dim in (("sm_80", 64), ("sm_90a", 128)) for d in DIRECTIONS]
-# The most and the least shared memory; at head dims other than 128 only what takes the most of it, or of registers.
+# The most and the least shared memory, of those that take these kernels. All features once, elsewhere only what takes
+# the most of it, or of registers.
 HEAVY = ("bias", "dropout", "deterministic", "paged", "all")
 CASES += [
     Case(arch, d, dim, dim, feature)
-    for arch, dim in (("sm_90a", 64), ("sm_90a", 128), ("sm_90a", 256), ("sm_86", 128), ("sm_86", 256))
+    for arch, dim in (("sm_80", 128), ("sm_90a", 256), ("sm_86", 128), ("sm_86", 256))
     for d in DIRECTIONS
     for feature in features(d)
-    if feature in HEAVY or ((arch, dim) == ("sm_90a", 128) and feature != "long queries")
+    if feature in HEAVY or ((arch, dim) == ("sm_80", 128) and feature != "long queries")
 ]
 
 # Hopper's own kernels.
@@ -277,7 +278,7 @@ def test_hopper_kernel(case):
     )
 
 
-@pytest.mark.parametrize("family", [PORTABLE, HOPPER])
+@pytest.mark.parametrize("override", [{"family": PORTABLE}, {"family": HOPPER}, {}], ids=str)
 @pytest.mark.parametrize(
     "facts, arch, is_for_hopper",
     [
@@ -291,14 +292,14 @@ def test_hopper_kernel(case):
         ({"head_dim_v": 0}, "sm_90a", False),
     ],
 )
-def test_what_hopper_leaves_to_the_portable_kernels(facts, arch, is_for_hopper, family):
+def test_what_hopper_leaves_to_the_portable_kernels(facts, arch, is_for_hopper, override):
     facts = {"dtype": BF16, "head_dim": 64, "head_dim_v": 64, "num_batch_axes": 1, "aligned": 1} | facts
-    _core.override_config({"family": family, "min_blocks": 7})
+    _core.override_config(override | {"min_blocks": 7})
     try:
         config = _core.configure(facts, arch)
     finally:
         _core.override_config({})
-    assert config["family"] == (HOPPER if is_for_hopper and family == HOPPER else PORTABLE)
+    assert config["family"] == (HOPPER if is_for_hopper and override != {"family": PORTABLE} else PORTABLE)
     assert config["min_blocks"] == 7 and _core.configure(facts, arch)["min_blocks"] != 7
 
 

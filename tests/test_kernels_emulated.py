@@ -181,6 +181,7 @@ CASES = {
     "64 float16 bottom": {"dtype": F16, "T": 300, "S": 333, **BOTTOM},
     "64 rows without keys": {"T": 300, "S": 130, **BOTTOM},
     "64 keys that no row sees": {"T": 70, "S": 300, **TOP},
+    "64 long": {"T": 2060, "S": 150, "N": 1, "K": 1, **BOTTOM},
     "64 one query": {"T": 1, "S": 129, **BOTTOM},
     "no keys": {"S": 0},
     "32": {"H": 32, "sm": 86, **TOP},
@@ -191,6 +192,7 @@ CASES = {
     "256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, "K": 1},
     "192, 128": {"H": 192, "D": 128, "T": 70, "N": 2, "K": 1, **BOTTOM},
     "72, 40": {"H": 72, "D": 40},
+    "64, 40": {"D": 40},
     "59": {"H": 59, "dtype": F16, **BOTTOM},
     "131, 7": {"H": 131, "D": 7, "T": 40, "S": 70, "dtype": F16},
     "negative scale": {"scale": -0.2, **TOP},
@@ -262,8 +264,8 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "segments", "dropout 128",
-    "deterministic 256", "everything",
+    "64 float16 bottom", "64 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "segments",
+    "dropout 128", "deterministic 256", "everything",
 )  # fmt: skip
 
 

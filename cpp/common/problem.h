@@ -76,7 +76,7 @@ struct BwdProblem : Problem {
   View d_o, d_lse;  // cotangents
   View dq, dk, dv;
   View delta;  // [batch, head, row] float32: rowsum(dO * O) - dLSE
-  View dbias;  // float32, shaped as bias; no data where it is not wanted
+  View dbias;  // float32, shaped as bias
   int64 dbias_elements;
   // Scratch memory of the CUDA kernels, without meaning to the caller. Not zero when the call starts.
   View dq_accum;  // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh

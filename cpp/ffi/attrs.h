@@ -17,7 +17,6 @@ struct Attrs {
   int32_t keep_threshold;  // dropout keeps a byte below it; 256: no dropout
   bool deterministic;
   bool return_softmax;
-  bool bias_gradient;
   int32_t max_seqlen_q;  // 0: not packed
   int32_t max_seqlen_kv;
   int32_t num_splits;  // 0: chosen by the implementation
@@ -54,6 +53,5 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::xla::ffi::StructMember<float>("logits_soft_cap"), ::xla::ffi::StructMember<int32_t>("window_left"),
     ::xla::ffi::StructMember<int32_t>("window_right"), ::xla::ffi::StructMember<bool>("bottom_right"),
     ::xla::ffi::StructMember<int32_t>("keep_threshold"), ::xla::ffi::StructMember<bool>("deterministic"),
-    ::xla::ffi::StructMember<bool>("return_softmax"), ::xla::ffi::StructMember<bool>("bias_gradient"),
-    ::xla::ffi::StructMember<int32_t>("max_seqlen_q"), ::xla::ffi::StructMember<int32_t>("max_seqlen_kv"),
-    ::xla::ffi::StructMember<int32_t>("num_splits"));
+    ::xla::ffi::StructMember<bool>("return_softmax"), ::xla::ffi::StructMember<int32_t>("max_seqlen_q"),
+    ::xla::ffi::StructMember<int32_t>("max_seqlen_kv"), ::xla::ffi::StructMember<int32_t>("num_splits"));

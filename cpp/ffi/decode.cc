@@ -294,13 +294,12 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
     p.dk = d.result(1, "dk", {kv_row, kv_head, dim}, dtype);
     p.dv = d.result(2, "dv", {kv_row, kv_head, dim_v}, dtype);
     p.delta = d.result(3, "delta", {head, row}, kF32);
-    if (attrs.bias_gradient && !d.has(Operand::kBias)) d.fail("bias", "has no gradient, as there is none");
-    if (d.ok() && attrs.bias_gradient) {
+    if (d.ok() && p.bias.data) {
       p.dbias = d.like(4, "dbias", p.bias, d.dims(Operand::kBias));
       p.dbias_elements = 1;
       for (int64 size : d.dims(Operand::kBias)) p.dbias_elements *= size;
     }
-    const size_t scratch = attrs.bias_gradient ? 5 : 4;
+    const size_t scratch = p.bias.data ? 5 : 4;
     const int64 accum_blocks = p.seqlen_q / 16 + p.num_sequences, accum_floats = 16 * round_up(p.head_dim, 8);
     p.dq_accum = d.result(scratch, "dq_accum",
                           {head, {&View::row_stride, accum_blocks}, {&View::col_stride, accum_floats}}, kF32);

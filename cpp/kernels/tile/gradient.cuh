@@ -103,11 +103,10 @@ class TileGradient {
   uint32 cap_slope_[kM / 16][kC.softcap ? kN / 8 : 1][2];
 };
 
-// Adds dS^T, whose tile starts at (key, query), to the bias gradient, if there is one. Its shape may broadcast.
+// Adds dS^T, whose tile starts at (key, query), to the bias gradient, whose shape may broadcast.
 template <KernelConfig kC, int32 kM, int32 kN>
 __forceinline__ void add_to_dbias(const BwdProblem& p, const Sequence& seq, int64 head, const Accumulator<kM, kN>& ds,
                                   int32 key, int32 query) {
-  if (!p.dbias.data) return;
   float* dbias = address_of<float, kC.num_batch_axes>(p, p.dbias, seq.batch, head, 0);
   const int32 lane = threadIdx.x % 32;
 #pragma unroll
