@@ -1,12 +1,12 @@
 // Attention backward for Hopper: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608), with the scores transposed.
 // docs/hopper_backward.md says why it looks as it does.
 //
-// A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all query
-// heads of the group. One warp copies Q and dO into rings of buffers, another one lse and delta. Two warpgroups
-// compute. With warps_d = 1 each owns 64 keys: P^T and dS^T are left operands straight from registers, and only dS^T
-// goes through shared memory too, for dQ = dS K. With warps_d = 2, for large head dims, both work on the same 64 keys:
-// on half of the queries each in S^T and dP^T, on half of the columns in dK, dV and dQ, with P^T and dS^T from shared
-// memory.
+// A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all
+// query heads of the group. One warp copies Q and dO into rings of buffers, another one lse and delta, and if
+// deterministic a third one keeps the turns at dq. Two warpgroups compute. With warps_d = 1 each owns 64 keys: P^T
+// and dS^T are left operands straight from registers, and only dS^T goes through shared memory too, for dQ = dS K.
+// With warps_d = 2, for large head dims, both work on the same 64 keys: on half of the queries each in S^T and dP^T,
+// on half of the columns in dK, dV and dQ, with P^T and dS^T from shared memory.
 //
 // dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of it.
 #pragma once

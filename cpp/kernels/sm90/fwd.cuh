@@ -2,10 +2,10 @@
 // it looks as it does.
 //
 // A thread block stays on its multiprocessor and does units of work, one after the other: two that it knows, and
-// others that a counter hands out. One warp of
-// its first warpgroup copies: Q, and blocks of keys and values from the last to the first, into rings of buffers. The
-// other warpgroups own 64 queries each, with their scores and their part of O, in registers. A warpgroup's softmax runs
-// beside the product P V of the block before it, and, where warpgroups take turns, beside both products of another.
+// others that a counter hands out. One warp of its first warpgroup copies: Q, and blocks of keys and values from the
+// last to the first, into rings of buffers. The other warpgroups own 64 queries each, with their scores and their
+// part of O, in registers. A warpgroup's softmax runs beside the product P V of the block before it, and, where
+// warpgroups take turns, beside both products of another.
 #pragma once
 
 #include "common/config.h"
