@@ -107,6 +107,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "full": dense(),
         "float16": dense(dtype=jnp.float16),
         "one query": dense(seqlen_q=1),
+        "long": dense(seqlen_q=2060),
         "window": dense(local_window_size=(40, 30)),
         "window of causal": dense(local_window_size=(40, 0), is_causal=True, causal_alignment="top_left"),
         "softcap": dense(logits_soft_cap=3.0),
