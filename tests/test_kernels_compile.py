@@ -117,8 +117,14 @@ CASES += [
     if feature in HEAVY or ((arch, dim) == ("sm_80", 128) and feature != "long queries")
 ]
 
-# Hopper's own kernels.
+# What Hopper's own kernels leave to these.
 PORTABLE_ONLY = ("unaligned", "paged", "return_softmax", "scale below 0, two batch axes")
+CASES += [
+    Case("sm_90a", d, 128, 128, feature) for d in DIRECTIONS for feature in features(d) if feature in PORTABLE_ONLY
+]
+CASES += [Case("sm_90a", FORWARD, dim, dim, "paged") for dim in (64, 256)]
+
+# Hopper's own kernels.
 HOPPER_CASES = [
     Case("sm_90a", d, dim, dim_v, family=HOPPER)
     for dim, dim_v in ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256))

@@ -95,11 +95,6 @@ struct HopperFwdProblem : FwdProblem {
   int32 heads_per_section;  // see Units
 };
 
-// Whether there are more units of work than two for each thread block, which none needs the counter for.
-static constexpr bool asks_for_units(int64 units, int64 blocks) {
-  return units > 2 * blocks;
-}
-
 // Likewise Hopper's backward kernel.
 struct HopperBwdProblem : BwdProblem {
   TensorMap q_map, k_map, v_map, d_o_map;
@@ -108,6 +103,12 @@ struct HopperBwdProblem : BwdProblem {
 
 // Every driver takes so many bytes of parameters.
 static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096);
+
+// Hopper's forward: whether there are more units of work than two for each thread block, which none needs the counter
+// for.
+static constexpr bool asks_for_units(int64 units, int64 blocks) {
+  return units > 2 * blocks;
+}
 
 static inline int64 num_batch_entries(const Problem& p) {
   int64 n = 1;

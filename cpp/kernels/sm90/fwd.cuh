@@ -244,6 +244,7 @@ struct Fwd {
         v_ring.wait_full();
         hide_rows_behind(p, seq, v_tile(), n, warpgroup, thread % 128);
         auto step = [&]<bool kMasked>(int32 next) {
+          constexpr bool kGuard = kMasked || kDataMasks<kC>;
           k_ring.wait_full();
           await_turn();
           qk_gemm();
@@ -251,13 +252,14 @@ struct Fwd {
           wait_gemm<1>(s);
           release(k_ring);
           scores.template operator()<kMasked>(next);
-          const bool grows = softmax.template operator() < kMasked || kDataMasks < kC >> (next, pass_turn);
+          const bool grows = softmax.template operator()<kGuard>(next, pass_turn);
           ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
           wait_gemm<0>(o);
           release(v_ring);
           if (grows) scale_rows<0, kC.head_dim_v>(o, rescale);
           pack<kDType>(probs, s);
         };
+        // Blocks that the mask shows whole have a loop of their own, without a branch to the other step.
         for (int32 next = keys.below(n); keys.exists(next);) {
           if (keys.is_full(next)) {
             do {
