@@ -137,6 +137,7 @@ HOPPER_CASES += [
     if feature not in PORTABLE_ONLY and feature not in ("bias of queries", "long queries")
 ]
 HOPPER_CASES += [Case("sm_90a", d, 64, 64, "dropout", F16, HOPPER) for d in DIRECTIONS]
+HOPPER_CASES += [Case("sm_90a", d, 64, 64, "bias", family=HOPPER) for d in DIRECTIONS]
 HOPPER_CASES += [Case("sm_90a", FORWARD, 64, 64, "long queries", family=HOPPER)]
 
 

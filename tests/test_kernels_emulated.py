@@ -198,6 +198,7 @@ CASES = {
     "negative scale": {"scale": -0.2, **TOP},
     "cap, alibi, sinks": {"logits_soft_cap": 3.0, "alibi_slopes": HEADS, "sinks": normal(4), **BOTTOM, "factor": 2},
     "bias": {"bias": normal(2, 4, 150, 200, dtype=BF16), **BOTTOM},
+    "bias for all": {"H": 128, "bias": normal(1, 1, 150, 200, dtype=F16), "local_window_size": (70, 20)},
     "bias of odd rows": {"S": 199, "bias": normal(1, 4, 150, 199, dtype=BF16), "dtype": F16, "factor": 1.5},
     "bias of keys": {"S": 201, "bias": normal(2, 1, 1, 201), "H": 128},
     "bias of queries": {"bias": normal(1, 4, 150, 1, dtype=F16), "deterministic": True},
@@ -264,7 +265,8 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "64 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "segments",
+    "64 float16 bottom", "64 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "bias", "bias for all",
+    "segments",
     "dropout 128", "deterministic 256", "everything",
 )  # fmt: skip
 

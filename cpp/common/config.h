@@ -28,7 +28,7 @@ struct KernelConfig {
   bool alibi;
   bool bias;
   DType bias_dtype;
-  bool bias_tiled;  // rows of the bias may be copied into shared memory like those of k
+  bool bias_tiled;  // tiles of the bias may be copied into shared memory like those of k
   bool mask;
   bool paired;  // bias and mask may be read two keys at a time
   bool segments;
@@ -40,11 +40,12 @@ struct KernelConfig {
 
   int32 block_q;
   int32 block_kv;
-  int32 num_warps;   // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
-  int32 warps_d;     // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
-                     // lie along the keys
-  int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward
-  bool ping_pong;    // Hopper's forward: warpgroups take turns, from their products to their first maximum
+  int32 num_warps;  // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
+  int32 warps_d;    // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
+                    // lie along the keys
+  int32
+      num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward; there, of bias tiles too
+  bool ping_pong;  // Hopper's forward: warpgroups take turns, from their products to their first maximum
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
 
   bool operator==(const KernelConfig&) const = default;
@@ -125,15 +126,15 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 q = int64{2} * c.block_q * c.head_dim, k = int64{2} * c.block_kv * c.head_dim;
   const int64 v = int64{2} * c.block_kv * c.head_dim_v;
   const int64 o = int64{2} * c.block_q * c.head_dim_v, scores = int64{2} * c.block_q * c.block_kv;
-  const int64 extra = c.bias_tiled ? scores : 0;
+  const int64 bias = c.bias_tiled ? scores : 0;
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
   if (c.family == Family::kSm90) {
-    if (c.direction == Direction::kFwd) return q + c.num_stages * (k + v) + kBarrierBytes;
+    if (c.direction == Direction::kFwd) return q + c.num_stages * (k + v + bias) + kBarrierBytes;
     // Two buffers of dS, and of P where that goes through shared memory.
-    return k + v + c.num_stages * (q + o + statistics) + 2 * c.warps_d * scores + kBarrierBytes;
+    return k + v + c.num_stages * (q + o + statistics + bias) + 2 * c.warps_d * scores + kBarrierBytes;
   }
-  if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + extra;
-  return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores + extra;
+  if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;
+  return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores + bias;
 }
 
 }  // namespace flash

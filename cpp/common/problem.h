@@ -89,15 +89,17 @@ struct alignas(128) TensorMap {
   uint64 words[16];
 };
 
-// What Hopper's forward kernel takes. Maps are of [batch, head, row, head dim].
+// What Hopper's forward kernel takes. Maps are of [batch, head, row, column].
 struct HopperFwdProblem : FwdProblem {
   TensorMap q_map, k_map, v_map;
+  TensorMap bias_map;       // if KernelConfig::bias_tiled
   int32 heads_per_section;  // see Units
 };
 
 // Likewise Hopper's backward kernel.
 struct HopperBwdProblem : BwdProblem {
   TensorMap q_map, k_map, v_map, d_o_map;
+  TensorMap bias_map;
   int32 heads_per_section;
 };
 

@@ -25,7 +25,8 @@ KernelConfig facts_of_both(const Problem& p, Direction direction) {
   c.alibi = p.alibi_slopes.data;
   c.bias = p.bias.data;
   c.bias_dtype = p.bias.dtype;
-  c.bias_tiled = c.bias && p.bias.dtype != DType::kF32 && p.bias.col_stride == 1 && p.seqlen_kv % 8 == 0;
+  c.bias_tiled =
+      c.bias && p.bias.dtype != DType::kF32 && p.bias.row_stride != 0 && p.bias.col_stride == 1 && p.seqlen_kv % 8 == 0;
   c.mask = p.mask.data;
   c.paired = (c.bias || c.mask) && paired(p.bias) && paired(p.mask);
   c.segments = p.q_segment_ids.data;
@@ -63,7 +64,7 @@ Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
   if (head_dim <= 64 && c.long_queries && plain) return {192, 128, 12, 1, 4, 1, true};
   if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
   if (head_dim > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
-  return {128, 128, 8, 1, head_dim > 64 ? 2 : 4, 1, head_dim <= 64};
+  return {128, 128, 8, 1, head_dim > 64 ? 2 : c.bias_tiled ? 3 : 4, 1, head_dim <= 64};
 }
 
 // Operands that each score needs hold registers of their own: with several of them, or with rows that are copied
@@ -123,7 +124,7 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   const Fields& fields = *overridden.load();
   const auto family = fields.find("family");
   const bool portable = family != fields.end() && Family(family->second) == Family::kSm80;
-  if (is_for_hopper(c, arch) && !portable) c.family = Family::kSm90, c.bias_tiled = false;
+  if (is_for_hopper(c, arch) && !portable) c.family = Family::kSm90;
   const int32 larger = max_of(facts.head_dim, facts.head_dim_v);
   const bool fwd = c.direction == Direction::kFwd, hopper = c.family == Family::kSm90;
   const Tiling t = fwd ? (hopper ? hopper_fwd_tiling(c, larger) : fwd_tiling(c, larger))

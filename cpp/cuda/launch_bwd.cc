@@ -26,6 +26,8 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
   h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);
   h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
   h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
+  if (c.bias_tiled)
+    h.bias_map = tensor_map_of(p.bias, batch, p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv), c.block_q);
   h.heads_per_section = heads_per_section(p);
   launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h);
 }

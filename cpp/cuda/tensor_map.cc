@@ -4,12 +4,13 @@
 
 namespace flash::cuda {
 
-TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, int64 head_dim, int32 panel_cols,
+TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, int64 cols, int32 panel_cols,
                         int32 box_rows) {
   // An axis without elements, or one that all share, has one place: the kernel asks for no other.
   auto size = [](int64 n) { return uint64(max_of<int64>(n, 1)); };
   auto bytes = [](int64 stride) { return uint64(max_of<int64>(2 * stride, 16)); };
-  const uint64 dims[4] = {size(head_dim), size(rows), size(heads), view.batch_stride[0] ? size(batch) : 1};
+  const uint64 dims[4] = {size(cols), size(rows), view.head_stride ? size(heads) : 1,
+                          view.batch_stride[0] ? size(batch) : 1};
   const uint64 strides[3] = {bytes(view.row_stride), bytes(view.head_stride), bytes(view.batch_stride[0])};
   const unsigned box[4] = {unsigned(panel_cols), unsigned(box_rows), 1, 1};
   const unsigned element_strides[4] = {1, 1, 1, 1};

@@ -5,9 +5,9 @@
 
 namespace flash::cuda {
 
-// Of an operand [batch, row, head, head dim] with one batch axis, whose head dim is tiled to `cols` columns. It is
-// copied in boxes of box_rows rows of one head, one panel of the tile wide and swizzled like it.
-TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, int64 head_dim, int32 cols,
+// Of a 16-bit operand with one batch axis, of so many rows and columns (the head dim; keys, of a bias). It is copied in
+// boxes of box_rows rows of one head, one panel of a tile wide and swizzled like it. Batch and heads may be broadcast.
+TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, int64 cols, int32 panel_cols,
                         int32 box_rows);
 
 }  // namespace flash::cuda

@@ -32,11 +32,14 @@ struct BwdStorage {
   using Q = Tile<kC.block_q, kC.head_dim, panel_cols_of_q(kC)>;
   using O = Tile<kC.block_q, kC.head_dim_v, panel_cols_of_v(kC)>;
   using S = Tile<kC.block_kv, kC.block_q>;
+  using Bias = BiasTile<kC>;
   using Stages = Ring<kC.num_stages>;
   // Offsets in bytes. Two buffers of dS^T and, if warps_d = 2, of P^T.
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
   static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + 2 * S::kBytes;
-  static constexpr int32 kLse = kP + (kC.warps_d == 2 ? 2 * S::kBytes : 0);
+  static constexpr int32 kBias = kP + (kC.warps_d == 2 ? 2 * S::kBytes : 0);
+  static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
+  static constexpr int32 kLse = kBias + kC.num_stages * kBiasBytes;
   static constexpr int32 kDelta = kLse + kC.num_stages * 4 * kC.block_q;
   static constexpr int32 kRowBarriers = kDelta + kC.num_stages * 4 * kC.block_q;  // of q, dO, lse and delta
   static constexpr int32 kKvBarriers = kRowBarriers + Stages::kBytes;
@@ -160,11 +163,12 @@ struct Bwd {
       if (block.is_empty()) return;
       const Sequence& seq = block.seq;
       auto load = [&]<class T>(int32 tile, uint32 barrier, const TensorMap& map, const View& view, int32 row,
-                               int32 head) {
+                               int32 head, int32 col = 0) {
         const int32 batch = view.batch_stride[0] ? int32(seq.batch) : 0;
 #pragma unroll
         for (int32 panel = 0; panel < T::kPanels; ++panel)
-          ptx::tma_load(base + tile + panel * T::kPanelBytes, map, barrier, panel * T::kPanelCols, row, head, batch);
+          ptx::tma_load(base + tile + panel * T::kPanelBytes, map, barrier, col + panel * T::kPanelCols, row, head,
+                        batch);
       };
       if (first_lane) {
         const int32 row = seq.kv.begin + block.kv_row;
@@ -179,11 +183,15 @@ struct Bwd {
         if (first_lane) {
           const int32 row = seq.q.begin + step.n * kC.block_q;
           rows.wait_empty();
-          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + Storage::O::kBytes);
+          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + Storage::O::kBytes + Storage::kBiasBytes);
           load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
                                                         p.q_map, p.q, row, step.head);
           load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, rows.full(),
                                                         p.d_o_map, p.d_o, row, step.head);
+          if constexpr (kC.bias_tiled)
+            load.template operator()<typename Storage::Bias>(Storage::kBias + rows.stage() * Storage::kBiasBytes,
+                                                             rows.full(), p.bias_map, p.bias, row,
+                                                             p.bias.head_stride ? step.head : 0, block.kv_row);
         }
         rows.advance();
       }
@@ -343,7 +351,14 @@ struct Bwd {
         }
         TileGradient<kC, 16, kQueries> gradient;
         wait_gemm<1>(s);
-        gradient.weights(s, p, in, !is_full, key, query, NoBiasTile{},
+        auto bias_tile = [&] {
+          if constexpr (kC.bias_tiled)
+            return ColsOfA<typename Storage::Bias>{
+                {base, Storage::kBias + stage * Storage::kBiasBytes, query_col, warp_key}};
+          else
+            return NoBiasTile{};
+        };
+        gradient.weights(s, p, in, !is_full, key, query, bias_tile(),
                          [&](int32 i) { return pair_of(Storage::kLse, i); });
         Accumulator<16, kQueries> kept = s;
         gradient.drop(kept);

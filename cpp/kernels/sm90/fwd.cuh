@@ -30,14 +30,18 @@ struct FwdStorage {
   using Q = Tile<64, kC.head_dim>;                        // of one warpgroup
   using K = Tile<kC.block_kv, kC.head_dim>;
   using V = Tile<kC.block_kv, kC.head_dim_v>;
+  using Bias = BiasTile<kC>;  // of both warpgroups
   using QRing = Ring<kWarpgroups>;
   using KvRing = Ring<kC.num_stages>;
   using UnitRing = Ring<2>;
   // Offsets in bytes.
   static constexpr int32 kQ = 0, kK = kWarpgroups * Q::kBytes, kV = kK + kC.num_stages * K::kBytes;
-  static constexpr int32 kQBarriers = kV + kC.num_stages * V::kBytes, kKBarriers = kQBarriers + QRing::kBytes;
+  static constexpr int32 kBias = kV + kC.num_stages * V::kBytes;
+  static constexpr int32 kBiasBytes = kC.bias_tiled ? 2 * kC.block_q * kC.block_kv : 0;
+  static constexpr int32 kQBarriers = kBias + kC.num_stages * kBiasBytes, kKBarriers = kQBarriers + QRing::kBytes;
   static constexpr int32 kVBarriers = kKBarriers + KvRing::kBytes, kUnitBarriers = kVBarriers + KvRing::kBytes;
-  static constexpr int32 kUnits = kUnitBarriers + UnitRing::kBytes;  // two int32
+  static constexpr int32 kBiasBarriers = kUnitBarriers + UnitRing::kBytes;
+  static constexpr int32 kUnits = kBiasBarriers + (kC.bias_tiled ? KvRing::kBytes : 0);  // two int32
   static_assert(kUnits + 8 <= kQBarriers + kBarrierBytes && kQBarriers + kBarrierBytes == shared_bytes(kC));
   static_assert(kC.num_warps % 4 == 0 && kC.block_q == 16 * kC.num_warps);
 };
@@ -67,6 +71,7 @@ struct Fwd {
       Storage::KvRing::init(base + Storage::kKBarriers, kC.num_warps);
       Storage::KvRing::init(base + Storage::kVBarriers, kC.num_warps);
       Storage::UnitRing::init(base + Storage::kUnitBarriers, kC.num_warps);
+      if constexpr (kC.bias_tiled) Storage::KvRing::init(base + Storage::kBiasBarriers, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -85,21 +90,24 @@ struct Fwd {
     const bool first_lane = threadIdx.x == 0;
     typename Storage::QRing q_ring(base + Storage::kQBarriers);
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
+    typename Storage::KvRing bias_ring(base + Storage::kBiasBarriers);
     typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
     if (first_lane) {
       ptx::prefetch_tensor_map(p.q_map);
       ptx::prefetch_tensor_map(p.k_map);
       ptx::prefetch_tensor_map(p.v_map);
+      if constexpr (kC.bias_tiled) ptx::prefetch_tensor_map(p.bias_map);
     }
 
-    auto load = [&]<class T>(auto& ring, int32 tile, const TensorMap& map, int32 row, int32 head, int32 batch) {
+    auto load = [&]<class T>(auto& ring, int32 tile, const TensorMap& map, int32 row, int32 head, int32 batch,
+                             int32 col = 0) {
       if (first_lane) {
         ring.wait_empty();
         ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytes);
 #pragma unroll
         for (int32 panel = 0; panel < T::kPanels; ++panel)
           ptx::tma_load(base + tile + ring.stage() * T::kBytes + panel * T::kPanelBytes, map, ring.full(),
-                        panel * T::kPanelCols, row, head, batch);
+                        col + panel * T::kPanelCols, row, head, batch);
       }
       ring.advance();
     };
@@ -112,11 +120,15 @@ struct Fwd {
       const int32 kv_head = head / (int32(p.num_heads) / int32(p.num_heads_kv));
       auto coordinate = [&](const View& view) { return view.batch_stride[0] ? int32(seq.batch) : 0; };
       const int32 k_batch = coordinate(p.k), v_batch = coordinate(p.v);
-      auto load_k = [&](int32 n) {
+      auto load_k_and_bias = [&](int32 n) {
         load.template operator()<typename Storage::K>(k_ring, Storage::kK, p.k_map, seq.kv.begin + n * kC.block_kv,
                                                       kv_head, k_batch);
+        if constexpr (kC.bias_tiled)
+          load.template operator()<typename Storage::Bias>(bias_ring, Storage::kBias, p.bias_map, q_row,
+                                                           p.bias.head_stride ? head : 0, coordinate(p.bias),
+                                                           n * kC.block_kv);
       };
-      load_k(n);
+      load_k_and_bias(n);
 #pragma unroll
       for (int32 w = 0; w < kWarpgroups; ++w)
         load.template operator()<typename Storage::Q>(q_ring, Storage::kQ, p.q_map, seq.q.begin + q_row + 64 * w, head,
@@ -124,7 +136,7 @@ struct Fwd {
 #pragma unroll 1
       while (keys.exists(n)) {
         const int32 next = keys.below(n);
-        if (keys.exists(next)) load_k(next);
+        if (keys.exists(next)) load_k_and_bias(next);
         load.template operator()<typename Storage::V>(v_ring, Storage::kV, p.v_map, seq.kv.begin + n * kC.block_kv,
                                                       kv_head, v_batch);
         n = next;
@@ -159,6 +171,7 @@ struct Fwd {
     const int32 warpgroup = uniform(thread / 128), warp_row = thread / 32 * 16;
     typename Storage::QRing q_ring(base + Storage::kQBarriers, warpgroup);
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
+    typename Storage::KvRing bias_ring(base + Storage::kBiasBarriers);
     typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
     auto release = [&](auto& ring) {
       if (lane == 0) ring.release();
@@ -208,11 +221,24 @@ struct Fwd {
           v_ring.wait_full();
           issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(v_tile()));
         };
+        auto bias_tile = [&] {
+          if constexpr (kC.bias_tiled) {
+            bias_ring.wait_full();
+            const int32 tile = Storage::kBias + bias_ring.stage() * Storage::kBiasBytes;
+            return RowsOfA<typename Storage::Bias>{{base, tile, warp_row}};
+          } else {
+            return NoBiasTile{};
+          }
+        };
         constexpr bool kRawScores = !kScoresInLog2<kC> && !kDataMasks<kC>;  // where the positional mask shows all
         auto scores = [&]<bool kMasked>(int32 n) {
           if constexpr (kMasked || !kRawScores)
-            apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, NoBiasTile{},
+            apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, bias_tile(),
                                              [](int32, int32, int32, float) {});
+          if constexpr (kC.bias_tiled) {
+            __syncwarp();  // all lanes have read
+            release(bias_ring);
+          }
         };
         // From scores to weights, one half of the columns after the other: the second half's maximum is found beside
         // the first half's exponentials. True if o is to be multiplied by `rescale`. Calls on_maximum() after the first
