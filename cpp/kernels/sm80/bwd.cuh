@@ -274,7 +274,7 @@ template <KernelConfig kC>
 __forceinline__ void bwd(const BwdProblem& p) {
   extern __shared__ __align__(1024) char shared[];
   constexpr int32 kAxes = kC.num_batch_axes;
-  for_each_block<kAxes, Side::kKeys, kC.block_kv, num_threads(kC), false>(
+  for_each_block<kAxes, Side::kKeys, kC.block_kv, num_threads(kC), kC.deterministic>(
       p, [&](const Sequence& s, int32 head, int32 row) { BwdBlock<kC>::run(p, shared, s, head, row); },
       [&](int64 batch, int64 row) { define_stray<kAxes>(p, batch, row); });
 }

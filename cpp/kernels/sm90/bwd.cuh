@@ -148,7 +148,7 @@ struct Bwd {
   // Calls on_block(block) for the thread block's unit of work, in practice once, or on_stray(batch, row).
   template <class OnBlock, class OnStray>
   static __forceinline__ void visit_unit(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray) {
-    Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, false>(p, p.heads_per_section)
+    Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic>(p, p.heads_per_section)
         .visit(
             blockIdx.x, thread, [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); },
             on_stray);

@@ -139,8 +139,10 @@ __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 h
     }
 }
 
-// If deterministic, the blocks of keys that a block of queries sees add to dq in turn. One thread keeps the turns of a
-// thread block; the others follow it through a barrier.
+// If deterministic, the blocks of keys that a block of queries sees add to dq in turn, the last one first: with a
+// causal mask each block of keys begins at its own diagonal, so that the later ones come by earlier, and none has to
+// wait. The grid does later ones earlier, so that none waits for one that has not begun. One thread keeps the turns of
+// a thread block; the others follow it through a barrier.
 template <KernelConfig kC>
 class Turn {
  public:
@@ -149,7 +151,7 @@ class Turn {
                             int32 q_row) {
     ticket_ = address_of<int32, kC.num_batch_axes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
     const int32 last_row = min_of(q_row + kC.block_q, rule.seqlen_q);
-    const int32 number = kv_block - visible_keys(rule, q_row, last_row).begin / kC.block_kv;
+    const int32 number = (visible_keys(rule, q_row, last_row).end - 1) / kC.block_kv - kv_block;
     while (ptx::ld_acquire(ticket_) != number) {
     }
   }

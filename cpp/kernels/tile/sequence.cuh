@@ -116,7 +116,8 @@ enum class Side { kQueries, kKeys };
 // kStrayRows rows of batch entries, for rows that lie in no sequence and that nobody else would define.
 //
 // Heads (of all sequences and batch entries) come in sections of heads_per_section, blocks of a section in turn for
-// each head. Late blocks come first if kLateFirst: with a causal mask those of queries are the longest.
+// each head. Late blocks come first if kLateFirst: with a causal mask those of queries are the longest, and those of
+// keys the first that have turns at dq.
 template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool kLateFirst>
 struct Units {
   const Problem& p;
@@ -154,8 +155,10 @@ struct Units {
       const int64 stated = int64(blocks) * kBlockRows;
       const int32 passes = size <= stated ? 1 : int32(ceil_div(size, stated));
       const int32 first = int32(kLateFirst ? blocks - 1 - block : block) * passes;
-      for (int32 i = first; i < first + passes && int64(i) * kBlockRows < size; ++i)
-        on_block(s, int32(head), i * kBlockRows);
+      for (int32 pass = 0; pass < passes; ++pass) {
+        const int32 i = first + (kLateFirst ? passes - 1 - pass : pass);
+        if (int64(i) * kBlockRows < size) on_block(s, int32(head), i * kBlockRows);
+      }
     } else {
       const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
       const uint32 row_blocks = uint32(ceil_div(rows, kStrayRows)), batch = (unit - block_units) / row_blocks;
