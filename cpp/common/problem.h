@@ -5,6 +5,7 @@
 // its rows. Paged problems differ only in how a key's row is found.
 #pragma once
 
+#include "common/divisor.h"
 #include "common/types.h"
 
 namespace flash {
@@ -89,18 +90,27 @@ struct alignas(128) TensorMap {
   uint64 words[16];
 };
 
+// How the units of work of Hopper's kernels follow each other: Units in kernels/tile/sequence.cuh.
+struct UnitOrder {
+  Divisor section;        // heads, of all sequences and batch entries, that are worked on at a time
+  Divisor section_units;  // units of so many heads
+  Divisor num_heads;      // of queries in the forward, of keys in the backward
+  Divisor num_sequences;
+  Divisor group;  // query heads of a key head
+};
+
 // What Hopper's forward kernel takes. Maps are of [batch, head, row, column].
 struct HopperFwdProblem : FwdProblem {
   TensorMap q_map, k_map, v_map;
-  TensorMap bias_map;       // if KernelConfig::bias_tiled
-  int32 heads_per_section;  // see Units
+  TensorMap bias_map;  // if KernelConfig::bias_tiled
+  UnitOrder order;
 };
 
 // Likewise Hopper's backward kernel.
 struct HopperBwdProblem : BwdProblem {
   TensorMap q_map, k_map, v_map, d_o_map;
   TensorMap bias_map;
-  int32 heads_per_section;
+  UnitOrder order;
 };
 
 // Every driver takes so many bytes of parameters.

@@ -155,26 +155,32 @@ namespace {
 
 // Query heads of a key head; there may be none of either.
 int64 group_of(const Problem& p) {
-  return max_of<int64>(p.num_heads / max_of<int64>(p.num_heads_kv, 1), 1);
+  return p.num_heads / max_of<int64>(p.num_heads_kv, 1);
 }
 
-// Heads whose operands, of so many bytes each, stay in the L2 cache, of 50 MB, while all blocks go through them.
-int32 heads_in_cache(int64 head_bytes, int64 heads) {
-  constexpr int64 kSectionBytes = 32 << 20;
-  return int32(clamp_to<int64>(kSectionBytes / max_of<int64>(head_bytes, 1), 1, max_of<int64>(heads, 1)));
+// For num_heads heads, each with so many blocks. Sections are of as many times section_heads, whose operands have
+// section_bytes, as stay in the L2 cache, of 50 MB, while all blocks go through them.
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section_heads, int64 section_bytes) {
+  constexpr int64 kCacheBytes = 32 << 20;
+  auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
+  const int64 fitting = max_of<int64>(kCacheBytes / max_of<int64>(section_bytes, 1), 1) * section_heads;
+  const int64 section = min_of(fitting, num_heads * p.num_sequences * num_batch_entries(p));
+  return {divisor(section), divisor(section * blocks), divisor(num_heads), divisor(p.num_sequences),
+          divisor(group_of(p))};
 }
 
 }  // namespace
 
-int32 heads_per_section(const FwdProblem& p) {
-  const int64 group = group_of(p), heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
-  return int32(group) * heads_in_cache(2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v), heads);
+UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c) {
+  // K and V in 16 bits, which the query heads of a group share.
+  return order_of(p, p.num_heads, ceil_div(p.max_seqlen_q, c.block_q), group_of(p),
+                  2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v));
 }
 
-int32 heads_per_section(const BwdProblem& p) {
+UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c) {
   // q and dO in 16 bits, and dq_accum in 32.
-  const int64 group = group_of(p), heads = p.num_heads_kv * p.num_sequences * num_batch_entries(p);
-  return heads_in_cache(2 * group * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v), heads);
+  return order_of(p, p.num_heads_kv, ceil_div(p.max_seqlen_kv, c.block_kv), 1,
+                  2 * group_of(p) * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v));
 }
 
 void override_config(Fields fields) {

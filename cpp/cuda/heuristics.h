@@ -18,10 +18,9 @@ KernelConfig facts_of(const BwdProblem& problem);
 // there is no kernel, as for float32.
 KernelConfig configure(KernelConfig facts, const Arch& arch);
 
-// How many heads of queries, of all sequences and batch entries, Hopper's kernels work on at a time.
-int32 heads_per_section(const FwdProblem& problem);
-// Likewise heads of keys in the backward.
-int32 heads_per_section(const BwdProblem& problem);
+// The order in which Hopper's kernels work: on so many heads at a time as the L2 cache can hold.
+UnitOrder unit_order(const FwdProblem& problem, const KernelConfig& config);
+UnitOrder unit_order(const BwdProblem& problem, const KernelConfig& config);
 
 // For tests and measurements: values of fields, by name, that configure() takes in place of its own choice until the
 // next call. A family that has no kernel for a config is not taken.

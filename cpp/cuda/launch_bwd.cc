@@ -28,7 +28,7 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
   h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
   if (c.bias_tiled)
     h.bias_map = tensor_map_of(p.bias, batch, p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv), c.block_q);
-  h.heads_per_section = heads_per_section(p);
+  h.order = unit_order(p, c);
   launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h);
 }
 

@@ -26,7 +26,7 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
   h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_cols(c.head_dim_v), c.block_kv);
   if (c.bias_tiled)
     h.bias_map = tensor_map_of(p.bias, batch, p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv), c.block_q);
-  h.heads_per_section = heads_per_section(p);
+  h.order = unit_order(p, c);
   const int64 blocks = min_of<int64>(units, multiprocessors_of(device));
   if (asks_for_units(units, blocks)) set_zero(p.next_unit.data, 4, stream);
   launch(load(c, device).entry[0], blocks, num_threads(c), shared_bytes(c), stream, &h);

@@ -80,7 +80,7 @@ struct Bwd {
 
     __forceinline__ Block(const HopperBwdProblem& p, const Sequence& s, int32 head, int32 row)
         : seq(s), kv_head(head), kv_row(row), keys(min_of(kC.block_kv, s.kv.used - row)), rule(mask_rule_of(p, s)) {
-      const int32 group = int32(p.num_heads) / int32(p.num_heads_kv);
+      const int32 group = int32(p.order.group.value);
       first_head = head * group, end_head = first_head + group;
       queries = row_blocks(rule, row, max_of(keys, 1), kC.block_kv, kC.block_q);
     }
@@ -124,8 +124,8 @@ struct Bwd {
   static __forceinline__ void run(const HopperBwdProblem& p, char* shared) {
     const uint32 base = ptx::shared_address(shared);
     if (threadIdx.x == 0) {
-      // Two warps fill a stage: one with q and dO, one with lse and delta.
-      Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps, 2);
+      // A thread fills a stage with q and dO, and the lanes of a warp with lse and delta.
+      Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps, 1 + 32);
       Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kTurnBarriers, kC.num_warps);
       ptx::fence_mbarrier_init();
@@ -148,7 +148,7 @@ struct Bwd {
   // Calls on_block(block) for the thread block's unit of work, in practice once, or on_stray(batch, row).
   template <class OnBlock, class OnStray>
   static __forceinline__ void visit_unit(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray) {
-    Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic>(p, p.heads_per_section)
+    Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic, Divisor>(p, p.order)
         .visit(
             blockIdx.x, thread, [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); },
             on_stray);
@@ -225,8 +225,7 @@ struct Bwd {
           target[32 * i] = x[i];
           target[32 * i + (Storage::kDelta - Storage::kLse) / 4] = y[i];
         }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(rows.full());
+        ptx::mbarrier_arrive(rows.full());
         rows.advance();
       }
     };

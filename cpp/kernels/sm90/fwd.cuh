@@ -55,7 +55,7 @@ struct Fwd {
   static constexpr int32 kBatchAxes = kC.num_batch_axes, kWarpgroups = Storage::kWarpgroups;
   static constexpr int32 kComputingThreads = 32 * kC.num_warps;
   static constexpr DType kDType = kC.dtype;
-  using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, kComputingThreads, true>;
+  using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, kComputingThreads, true, Divisor>;
 
   // Registers per thread of the copying warpgroup and of the others.
   static constexpr int32 kCopyingRegisters = kWarpgroups == 3 ? 32 : 40;
@@ -86,7 +86,7 @@ struct Fwd {
 
   // The copying warp. Its first lane does all that touches memory.
   static __forceinline__ void copy(const HopperFwdProblem& p, char* shared, uint32 base) {
-    const Work work(p, p.heads_per_section);
+    const Work work(p, p.order);
     const bool first_lane = threadIdx.x == 0;
     typename Storage::QRing q_ring(base + Storage::kQBarriers);
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
@@ -117,7 +117,7 @@ struct Fwd {
       KeyBlocks<kC> keys(ScoreInputs<kC>(p, seq, head), seq, q_row, rows);
       int32 n = keys.last();
       if (!keys.exists(n)) return;
-      const int32 kv_head = head / (int32(p.num_heads) / int32(p.num_heads_kv));
+      const int32 kv_head = int32(quotient(uint32(head), p.order.group));
       auto coordinate = [&](const View& view) { return view.batch_stride[0] ? int32(seq.batch) : 0; };
       const int32 k_batch = coordinate(p.k), v_batch = coordinate(p.v);
       auto load_k_and_bias = [&](int32 n) {
@@ -166,7 +166,7 @@ struct Fwd {
 
   // A warp that computes.
   static __forceinline__ void compute(const HopperFwdProblem& p, char* shared, uint32 base) {
-    const Work work(p, p.heads_per_section);
+    const Work work(p, p.order);
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
     const int32 warpgroup = uniform(thread / 128), warp_row = thread / 32 * 16;
     typename Storage::QRing q_ring(base + Storage::kQBarriers, warpgroup);

@@ -110,28 +110,38 @@ __forceinline__ float* accum_block_of(const BwdProblem& p, const Sequence& s, in
                                        s.q.begin / kAccumRows + s.index + row / kAccumRows);
 }
 
+// A divisor that the host has not prepared.
+struct PlainDivisor {
+  uint32 value;
+};
+__forceinline__ uint32 quotient(uint32 n, PlainDivisor divisor) {
+  return n / divisor.value;
+}
+
 enum class Side { kQueries, kKeys };
 
 // The work of a grid, in units: [batch entry, sequence, head, block of kBlockRows rows] and then, if packed, blocks of
 // kStrayRows rows of batch entries, for rows that lie in no sequence and that nobody else would define.
 //
-// Heads (of all sequences and batch entries) come in sections of heads_per_section, blocks of a section in turn for
-// each head. Late blocks come first if kLateFirst: with a causal mask those of queries are the longest, and those of
-// keys the first that have turns at dq.
-template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool kLateFirst>
+// Heads (of all sequences and batch entries) come in sections, blocks of a section in turn for each head. Late blocks
+// come first if kLateFirst: with a causal mask those of queries are the longest, and those of keys the first that have
+// turns at dq.
+//
+// Div is Divisor where the host has prepared the divisions, else PlainDivisor.
+template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool kLateFirst, class Div>
 struct Units {
   const Problem& p;
   // 32 bits, as a grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
-  uint32 blocks, heads, section, block_units;
+  uint32 blocks, heads, block_units;
+  Div section, section_units, num_heads, num_sequences;
 
   static constexpr bool kQueries = kSide == Side::kQueries;
 
-  __forceinline__ explicit Units(const Problem& problem, uint32 heads_per_section = 1)
-      : p(problem), section(heads_per_section) {
-    blocks = uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
-    heads = uint32((kQueries ? p.num_heads : p.num_heads_kv) * p.num_sequences * num_batch_entries(p));
-    block_units = blocks * heads;
-  }
+  __forceinline__ Units(const Problem& problem, const UnitOrder& order)
+      : Units(problem, order.section, order.section_units, order.num_heads, order.num_sequences) {}
+  // Sections of one head.
+  __forceinline__ explicit Units(const Problem& problem)
+      : Units(problem, {1}, {blocks_of(problem)}, {heads_of(problem)}, {uint32(problem.num_sequences)}) {}
 
   __forceinline__ uint32 count() const {
     const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
@@ -143,13 +153,15 @@ struct Units {
   // for the thread's row that lies in no sequence. `thread` counts up to kStrayRows. To be called by whole warps.
   template <class OnBlock, class OnStray>
   __forceinline__ void visit(uint32 unit, int32 thread, OnBlock on_block, OnStray on_stray) const {
-    const uint32 num_sequences = uint32(p.num_sequences), num_heads = uint32(kQueries ? p.num_heads : p.num_heads_kv);
     if (unit < block_units) {
-      const uint32 first_head = unit / (section * blocks) * section, rest = unit % (section * blocks);
-      const uint32 width = min_of(section, heads - first_head);  // the last section may have fewer heads
-      const uint32 block = rest / width, linear_head = first_head + rest % width;
-      const uint32 head = linear_head % num_heads, entry = linear_head / num_heads;
-      const Sequence s = sequence_of<kBatchAxes>(p, entry / num_sequences, int32(entry % num_sequences));
+      const uint32 section_index = quotient(unit, section_units), rest = unit - section_index * section_units.value;
+      const uint32 first_head = section_index * section.value, heads_left = heads - first_head;
+      // The last section may have fewer heads.
+      const uint32 width = min_of(section.value, heads_left);
+      const uint32 block = width == section.value ? quotient(rest, section) : rest / width;
+      const uint32 linear_head = first_head + rest - block * width, entry = quotient(linear_head, num_heads);
+      const uint32 head = linear_head - entry * num_heads.value, batch = quotient(entry, num_sequences);
+      const Sequence s = sequence_of<kBatchAxes>(p, batch, int32(entry - batch * num_sequences.value));
       const int32 size = kQueries ? s.q.size : s.kv.size;
       // More than one block of rows only if max_seqlen was too small; then neighbours, as those who take turns need.
       const int64 stated = int64(blocks) * kBlockRows;
@@ -165,16 +177,32 @@ struct Units {
       const int64 row = int64((unit - block_units) % row_blocks) * kStrayRows + thread;
       const View& cu_seqlens = kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv;
       const int32 begin = packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows);
-      const int32 end = packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(num_sequences), rows);
+      const int32 end = packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(p.num_sequences), rows);
       if (row < rows && (row < begin || row >= end)) on_stray(int64(batch), row);
     }
   }
+
+ private:
+  static __forceinline__ uint32 blocks_of(const Problem& p) {
+    return uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
+  }
+  static __forceinline__ uint32 heads_of(const Problem& p) { return uint32(kQueries ? p.num_heads : p.num_heads_kv); }
+
+  __forceinline__ Units(const Problem& problem, Div section, Div section_units, Div num_heads, Div num_sequences)
+      : p(problem),
+        blocks(blocks_of(p)),
+        heads(heads_of(p) * uint32(p.num_sequences * num_batch_entries(p))),
+        block_units(blocks * heads),
+        section(section),
+        section_units(section_units),
+        num_heads(num_heads),
+        num_sequences(num_sequences) {}
 };
 
 // Does unit blockIdx.x with all of kThreads threads.
 template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kLateFirst, class OnBlock, class OnStray>
 __forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray) {
-  Units<kBatchAxes, kSide, kBlockRows, kThreads, kLateFirst>(p).visit(
+  Units<kBatchAxes, kSide, kBlockRows, kThreads, kLateFirst, PlainDivisor>(p).visit(
       blockIdx.x, threadIdx.x,
       [&](const Sequence& s, int32 head, int32 row) {
         on_block(s, head, row);
