@@ -74,6 +74,8 @@ def _ours(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
     extras: dict[str, Any] = {}
     if workload.dropout_rate:
         extras["dropout_key"] = jax.random.key(0)
+    if workload.alibi:
+        extras["alibi_slopes"] = 2.0 ** (-8 / workload.num_heads * jnp.arange(1, workload.num_heads + 1))
     if workload.sequence_lengths:
         longest = max(workload.sequence_lengths)
         options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
@@ -93,8 +95,10 @@ def _ours(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
 
 
 def _jax_nn_unavailable(workload: Workload) -> str | None:
-    if workload.softcap is not None or workload.dropout_rate or workload.head_dim != workload.head_dim_v:
-        return "jax.nn has no soft cap, no dropout and one head dim"
+    if workload.softcap is not None or workload.alibi or workload.dropout_rate:
+        return "jax.nn has no soft cap, ALiBi or dropout"
+    if workload.head_dim != workload.head_dim_v:
+        return "jax.nn has one head dim"
     if workload.deterministic:
         return "jax.nn cannot ask for a deterministic backward"
     if workload.seqlen_q != workload.seqlen_kv and (workload.is_causal or workload.window):
@@ -144,9 +148,9 @@ def _jax_nn(workload: Workload, inputs: dict[str, jax.Array], pass_: str, *, imp
 def _jax_call(
     forward: Callable[..., Any], workload: Workload, inputs: dict[str, jax.Array], extras: dict[str, Any], pass_: str
 ) -> Call:
-    """Jits one pass of `forward(query, key, value, extras)`; the bias of the workload is put into `extras`."""
+    """Jits one pass of `forward(query, key, value, extras)`; the workload's bias and mask go into `extras`."""
     query, key, value, cotangent = (inputs[name] for name in ("query", "key", "value", "cotangent"))
-    extras = extras | ({"bias": inputs["bias"]} if workload.bias else {})
+    extras = extras | {name: inputs[name] for name in ("bias", "mask") if name in inputs}
 
     def vjp(query, key, value, extras):
         return jax.vjp(lambda *qkv: forward(*qkv, extras), query, key, value)
@@ -184,8 +188,8 @@ def _mosaic_unavailable(workload: Workload, pass_: str) -> str | None:
         return "this jax does not have it"
     if pass_ != "forward":
         return "its backward has no causal mask and needs float16"
-    plain = not (workload.window or workload.softcap or workload.sequence_lengths or workload.bias)
-    if not plain or workload.dropout_rate or workload.dtype != "float16":
+    extras = workload.window or workload.softcap or workload.sequence_lengths or workload.dropout_rate
+    if extras or workload.bias or workload.mask or workload.alibi or workload.dtype != "float16":
         return "takes full and causal attention in float16 only"
     if workload.head_dim % 64 or workload.head_dim != workload.head_dim_v:
         return "takes head dims 64, 128, 192 and 256"
@@ -242,8 +246,10 @@ def _torch_unavailable(workload: Workload, pass_: str) -> str | None:
 
         if not torch.cuda.is_available():
             return "this torch has no CUDA"
-    if workload.softcap is not None or workload.window or workload.sequence_lengths:
-        return "its flash attention has no soft cap, window or packed sequences"
+    if workload.softcap is not None or workload.window or workload.sequence_lengths or workload.alibi:
+        return "its flash attention has no soft cap, window, packed sequences or ALiBi"
+    if on_gpu() and (workload.bias or workload.mask):
+        return "its flash attention has no bias or mask on GPUs"
     if workload.deterministic:
         return "its flash attention is deterministic only for all of the process"
     if workload.head_dim != workload.head_dim_v:
@@ -268,7 +274,11 @@ def _torch(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call
     for x in (query, key, value):
         x.requires_grad_(pass_ != "forward")
 
-    options = {"attn_mask": data.get("bias"), "dropout_p": workload.dropout_rate, "is_causal": workload.is_causal}
+    options = {
+        "attn_mask": data.get("bias", data.get("mask")),
+        "dropout_p": workload.dropout_rate,
+        "is_causal": workload.is_causal,
+    }
     options["enable_gqa"] = workload.num_heads != workload.num_heads_kv
 
     def forward():

@@ -23,6 +23,9 @@ class Workload:
       sequence_lengths: when given, the sequences packed along the sequence axis (varlen); then `batch` is 1 and
         `seqlen_q` and `seqlen_kv` are their sum.
       bias: whether a `[1, num_heads, seqlen_q, seqlen_kv]` bias is added (a constant: no gradient is asked for).
+      mask: whether a random boolean mask `[batch, 1, seqlen_q, seqlen_kv]` is given; pairs that it hides count all the
+        same.
+      alibi: whether ALiBi's slopes are given.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Workload:
     softcap: float | None = None
     sequence_lengths: tuple[int, ...] = ()
     bias: bool = False
+    mask: bool = False
+    alibi: bool = False
     dropout_rate: float = 0.0
     deterministic: bool = False
 
@@ -74,11 +79,14 @@ class Workload:
         }
         if self.bias:
             shapes["bias"] = (1, self.num_heads, self.seqlen_q, self.seqlen_kv)
+        if self.mask:
+            shapes["mask"] = (self.batch, 1, self.seqlen_q, self.seqlen_kv)
         keys = jax.random.split(jax.random.key(0), len(shapes))
-        return {
+        arrays = {
             name: jax.random.normal(key, shape, self.dtype)
             for key, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
+        return arrays | ({"mask": arrays["mask"] > -1} if self.mask else {})
 
 
 def _self_attention(name: str, seqlen: int, num_heads: int, head_dim: int, **options: Any) -> Workload:
@@ -117,6 +125,8 @@ def _cpu_smoke() -> list[Workload]:
         tiny("tiny_gqa_window", 64, num_heads_kv=2, is_causal=True, window=(16, 0)),
         tiny("tiny_head_dim_v", 64, head_dim_v=8),
         tiny("tiny_bias", 64, bias=True),
+        tiny("tiny_mask", 64, mask=True),
+        tiny("tiny_alibi", 64, alibi=True, is_causal=True),
         tiny("tiny_softcap", 64, softcap=20.0),
         tiny("tiny_dropout", 64, dropout_rate=0.1),
         tiny("tiny_varlen", 100, is_causal=True, sequence_lengths=(5, 64, 1, 30)),
@@ -154,7 +164,9 @@ def _hopper_features() -> list[Workload]:
         causal("softcap_4k", 4096, batch=4, softcap=50.0),
         causal("softcap_16k", 16384, softcap=50.0),
         causal("deterministic_16k", 16384, deterministic=True),
+        causal("alibi_4k", 4096, batch=4, alibi=True),
         causal("bias_4k", 4096, batch=4, bias=True),
+        causal("mask_4k", 4096, batch=4, mask=True),
         causal("dropout_4k", 4096, batch=4, dropout_rate=0.1),
         causal("varlen_4x4k", 16384, sequence_lengths=(4096,) * 4),
         causal("varlen_mixed", sum(mixed), sequence_lengths=mixed),
