@@ -51,7 +51,8 @@ FEATURES: dict[str, dict[str, int]] = {
     "bias": {"bias": 1, "bias_dtype": BF16, "paired": 1, "bias_tiled": 1},
     "bias float32": {"bias": 1, "bias_dtype": F32, "paired": 1},
     "bias of queries": {"bias": 1, "bias_dtype": F16},  # one for all keys
-    "mask": {"mask": 1, "paired": 1},
+    "mask": {"mask": 1, "mask_wide": 1, "paired": 1},
+    "mask of odd rows": {"mask": 1},
     "segments": {"segments": 1},
     "dropout": {"dropout": 1},
     "scale below 0, two batch axes": {"positive_scale": 0, "num_batch_axes": 2},

@@ -204,6 +204,8 @@ CASES = {
     "bias of queries": {"bias": normal(1, 4, 150, 1, dtype=F16), "deterministic": True},
     "bias 256": {"H": 256, "T": 70, "S": 96, "bias": normal(1, 4, 70, 96, dtype=F16), "dtype": F16},
     "mask, lengths": {"mask": booleans(2, 1, 150, 200), **LENGTHS},
+    "wide mask": {"S": 208, "mask": booleans(1, 4, 150, 208), "local_window_size": (90, 20), "dtype": F16},
+    "wide mask 128": {"H": 128, "T": 200, "S": 176, "mask": booleans(2, 1, 200, 176)},
     "mask of odd rows": {"S": 203, "H": 128, "mask": booleans(1, 4, 150, 203), **BOTTOM},
     "lengths": {"H": 128, **BOTTOM, **LENGTHS},
     "segments": {
@@ -266,6 +268,7 @@ def test_dense(rng, emulated, case):
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
     "64 float16 bottom", "64 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "bias", "bias for all",
+    "wide mask", "wide mask 128",
     "segments",
     "dropout 128", "deterministic 256", "everything",
 )  # fmt: skip

@@ -30,7 +30,8 @@ struct KernelConfig {
   DType bias_dtype;
   bool bias_tiled;  // tiles of the bias may be copied into shared memory like those of k
   bool mask;
-  bool paired;  // bias and mask may be read two keys at a time
+  bool mask_wide;  // rows of the mask may be read 16 keys at a time
+  bool paired;     // bias and mask may be read two keys at a time
   bool segments;
   bool dropout;
   bool paged;
@@ -69,6 +70,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("bias_dtype", c.bias_dtype);
   visit("bias_tiled", c.bias_tiled);
   visit("mask", c.mask);
+  visit("mask_wide", c.mask_wide);
   visit("paired", c.paired);
   visit("segments", c.segments);
   visit("dropout", c.dropout);

@@ -28,6 +28,7 @@ KernelConfig facts_of_both(const Problem& p, Direction direction) {
   c.bias_tiled =
       c.bias && p.bias.dtype != DType::kF32 && p.bias.row_stride != 0 && p.bias.col_stride == 1 && p.seqlen_kv % 8 == 0;
   c.mask = p.mask.data;
+  c.mask_wide = c.mask && p.mask.col_stride == 1 && p.seqlen_q > 0 && p.seqlen_kv > 0 && p.seqlen_kv % 16 == 0;
   c.paired = (c.bias || c.mask) && paired(p.bias) && paired(p.mask);
   c.segments = p.q_segment_ids.data;
   c.dropout = p.options.keep_threshold < 256;

@@ -8,6 +8,7 @@
 #include "kernels/ptx/convert.cuh"
 #include "kernels/tile/copy.cuh"
 #include "kernels/tile/layout.cuh"
+#include "kernels/tile/mask_bits.cuh"
 #include "kernels/tile/sequence.cuh"
 
 namespace flash {
@@ -128,6 +129,14 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
   using Bias = typename StorageOf<kC.bias_dtype>::Type;
   constexpr int32 kRows = kM / 8;
   constexpr bool kBiasDirect = kC.bias && !kC.bias_tiled, kPaired = kC.paired && !kTransposed;
+  constexpr bool kMaskDirect = kC.mask && !kC.mask_wide;
+  auto read_mask_bits = [&] {
+    if constexpr (kC.mask_wide)
+      return MaskBits<kC, kTransposed, kM, kN>(p, in.mask, row, col);
+    else
+      return NoMaskBits{};
+  };
+  [[maybe_unused]] const auto mask_bits = read_mask_bits();
   const int32 lane = threadIdx.x % 32;
   row += lane / 4;
   col += lane % 4 * 2;
@@ -148,7 +157,7 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
     if constexpr (kBiasDirect)
       row_bias[r] =
           reinterpret_cast<const Bias*>(in.bias) + safe * (kTransposed ? p.bias.col_stride : p.bias.row_stride);
-    if constexpr (kC.mask) row_mask[r] = in.mask + safe * (kTransposed ? p.mask.col_stride : p.mask.row_stride);
+    if constexpr (kMaskDirect) row_mask[r] = in.mask + safe * (kTransposed ? p.mask.col_stride : p.mask.row_stride);
   }
 
   [[maybe_unused]] uint32 tiled[kM / 16][4];  // the bias of two n-tiles
@@ -182,7 +191,7 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
         const uint32 x = tiled[r / 2][n % 2 * 2 + r % 2];
         added = {ptx::unpack<kC.bias_dtype>(uint16(x)), ptx::unpack<kC.bias_dtype>(uint16(x >> 16))};
       }
-      if constexpr (kC.mask) {
+      if constexpr (kMaskDirect) {
         const int64 stride = kTransposed ? p.mask.row_stride : p.mask.col_stride;
         shown = load_two<kPaired>(row_mask[r] + safe * stride, step * stride);
       }
@@ -204,7 +213,8 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
         if constexpr (kC.bias) x += added.x[e] * kLog2e;
         bool visible = true;
         if constexpr (kMasked) visible = seen[r].begin <= c + e && c + e < seen[r].end;
-        if constexpr (kC.mask) visible = visible && shown.x[e];
+        if constexpr (kMaskDirect) visible = visible && shown.x[e];
+        if constexpr (kC.mask_wide) visible = visible && mask_bits.shows(r, n, e);
         if constexpr (kC.segments) visible = visible && row_segment[r] == col_segment[e];
         score = visible ? x : -kInfinity;
       }
