@@ -100,11 +100,13 @@ Tiling bwd_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return small ? Tiling{64, 64, 4, 2, 1, 1} : Tiling{64, 128, 8, 2, 2, 1};
 }
 
-// A warp has 32 keys, and three accumulators for 64 or 32 queries: S^T, dP^T and the sums.
+// A warp has 32 keys, and three accumulators: S^T, dP^T and the sums. With 64 queries, for which each operand is fetched
+// half as often, they leave registers for little else than a bias that comes through shared memory.
 Tiling dbias_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   const bool small = arch.max_shared_bytes < 160 * 1024;  // see bwd_tiling
   if (head_dim > 128) return {64, 64, 4, 2, small ? 1 : 2, 1};
-  if (is_crowded(c) || (small && head_dim > 64)) return {64, 64, 4, 2, 2, 1};
+  if (small && head_dim > 64) return {64, 64, 4, 2, 2, 1};
+  if (is_crowded(c) || !c.bias_tiled) return {64, 128, 8, 2, 2, 1};
   return {128, 128, 8, 2, 2, 1};
 }
 
