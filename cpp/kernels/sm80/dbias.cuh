@@ -188,7 +188,6 @@ struct DbiasBlock {
 
   // To global memory, by way of shared memory, so that neighbours in a row are written by neighbouring lanes.
   __forceinline__ void write(const Sums& sums) const {
-    constexpr int32 kRow = Storage::kSumsRow;
     float* x = reinterpret_cast<float*>(shared);
     const int32 lane = threadIdx.x % 32;
 #pragma unroll
@@ -197,35 +196,55 @@ struct DbiasBlock {
       for (int32 n = 0; n < kQueries / 8; ++n)
 #pragma unroll
         for (int32 e = 0; e < 4; ++e)
-          x[(warp_query + 8 * n + lane % 4 * 2 + e % 2) * kRow + warp_key + 16 * m + lane / 4 + e / 2 * 8] =
-              sums.x[m][n][e];
+          x[(warp_query + 8 * n + lane % 4 * 2 + e % 2) * Storage::kSumsRow + warp_key + 16 * m + lane / 4 +
+            e / 2 * 8] = sums.x[m][n][e];
     __syncthreads();
+    if (p.bias.row_stride && p.bias.col_stride)
+      write_blocks<1, 1>(x);
+    else if (p.bias.row_stride)
+      write_blocks<1, kBiasBlock>(x);
+    else if (p.bias.col_stride)
+      write_blocks<kBiasBlock, 1>(x);
+    else
+      write_blocks<kBiasBlock, kBiasBlock>(x);
+  }
 
-    // Sums over blocks of rows or columns end up in the first of them.
-    const int32 row_step = p.bias.row_stride ? 1 : kBiasBlock, col_step = p.bias.col_stride ? 1 : kBiasBlock;
-    if (row_step > 1) {
-      for (int32 i = threadIdx.x; i < kC.block_q / kBiasBlock * kC.block_kv; i += kThreads)
-        sum_in_place(x + i / kC.block_kv * kBiasBlock * kRow + i % kC.block_kv, kRow);
+  // Writes the sums over blocks of kRows by kCols, which first come together where a block starts.
+  template <int32 kRows, int32 kCols>
+  __forceinline__ void write_blocks(float* x) const {
+    constexpr int32 kRow = Storage::kSumsRow;
+    if constexpr (kRows > 1) {
+      for (int32 i = threadIdx.x; i < kC.block_q / kRows * kC.block_kv; i += kThreads)
+        sum_in_place(x + i / kC.block_kv * kRows * kRow + i % kC.block_kv, kRow);
       __syncthreads();
     }
-    if (col_step > 1) {
-      for (int32 i = threadIdx.x; i < kC.block_kv / kBiasBlock * kC.block_q; i += kThreads)
-        if (i % kC.block_q % row_step == 0) sum_in_place(x + i % kC.block_q * kRow + i / kC.block_q * kBiasBlock, 1);
+    if constexpr (kCols > 1) {
+      constexpr int32 kCount = kC.block_q / kRows;
+      for (int32 i = threadIdx.x; i < kC.block_kv / kCols * kCount; i += kThreads)
+        sum_in_place(x + i % kCount * kRows * kRow + i / kCount * kCols, 1);
       __syncthreads();
     }
 
-    const int32 rows = min_of(kC.block_q, int32(p.seqlen_q) - q_row),
-                cols = min_of(kC.block_kv, int32(p.seqlen_kv) - kv_row);
-    const int64 first = (entry * num_bias_heads(p) + head) * p.dbias.head_stride +
-                        q_row / row_step * p.dbias.row_stride + kv_row / col_step;
-    for (int32 i = threadIdx.x; i < kC.block_q * kC.block_kv; i += kThreads) {
-      const int32 row = i / kC.block_kv, col = i % kC.block_kv;
-      if (row >= rows || col >= cols || row % row_step || col % col_step) continue;
-      const int64 at = first + row / row_step * p.dbias.row_stride + col / col_step;
-      if (kC.bias_dtype == DType::kF32 || row_step * col_step > 1)
-        static_cast<float*>(p.dbias.data)[at] = x[row * kRow + col];
-      else
-        static_cast<uint16*>(p.dbias.data)[at] = uint16(ptx::pack<kC.bias_dtype>(x[row * kRow + col], 0.0f));
+    // In 16 bits a lane writes eight at a time where rows allow it.
+    constexpr bool kFloat = kC.bias_dtype == DType::kF32 || kRows * kCols > 1;
+    constexpr int32 kWidth = kC.bias_tiled && !kFloat ? 8 : 1, kLanes = kC.block_kv / kCols / kWidth;
+    using Element = typename StorageOf<kFloat ? DType::kF32 : kC.bias_dtype>::Type;
+    Element* target = static_cast<Element*>(p.dbias.data) + (entry * num_bias_heads(p) + head) * p.dbias.head_stride +
+                      q_row / kRows * p.dbias.row_stride + kv_row / kCols;
+    for (int32 i = threadIdx.x; i < kC.block_q / kRows * kLanes; i += kThreads) {
+      const int32 row = i / kLanes, col = i % kLanes * kWidth;
+      if (q_row + row * kRows >= p.seqlen_q || kv_row + col * kCols >= p.seqlen_kv) continue;
+      const float* source = x + row * kRows * kRow + col * kCols;
+      Element* data = target + row * p.dbias.row_stride + col;
+      if constexpr (kWidth > 1) {
+        const float4 a = *reinterpret_cast<const float4*>(source), b = *reinterpret_cast<const float4*>(source + 4);
+        *reinterpret_cast<uint4*>(data) = {ptx::pack<kC.bias_dtype>(a.x, a.y), ptx::pack<kC.bias_dtype>(a.z, a.w),
+                                           ptx::pack<kC.bias_dtype>(b.x, b.y), ptx::pack<kC.bias_dtype>(b.z, b.w)};
+      } else if constexpr (kFloat) {
+        *data = *source;
+      } else {
+        *data = uint16(ptx::pack<kC.bias_dtype>(*source, 0.0f));
+      }
     }
   }
 
