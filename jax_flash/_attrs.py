@@ -13,8 +13,8 @@ import numpy as np
 NO_DROPOUT = 256
 MAX_HEAD_DIM = 256
 MAX_BATCH_AXES = 8
-# Where a bias has one row for all queries, or one column for all keys, the call that forms its gradient sums over blocks
-# of so many, and leaves it to JAX to sum over the blocks: kBiasBlock in C++.
+# Where a bias has one row for all queries, or one column for all keys, the call that forms its gradient sums over
+# blocks of so many, and leaves it to JAX to sum over the blocks: kBiasBlock in C++.
 BIAS_BLOCK = 64
 
 # Axes of each operand behind its batch axes, which the query has in front of [T, N, H]:

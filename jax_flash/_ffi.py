@@ -1,8 +1,8 @@
 """The custom calls as JAX functions: registration, result types, and the rules for vmap and for sharded jit.
 
-``forward``, ``backward`` and ``bias_gradient`` take the static ``Attrs`` and a dict of operands (``_attrs.OPERANDS``) and choose nothing:
-they call what XLA finds under the target's name on the platform at hand. From the inside out each is
-``custom_vmap(custom_partitioning(ffi_call))``, with a shard_map between the two where the mesh has Explicit axes.
+``forward``, ``backward`` and ``bias_gradient`` take the static ``Attrs`` and a dict of operands (``_attrs.OPERANDS``)
+and choose nothing: they call what XLA finds under the target's name on the platform at hand. From the inside out each
+is ``custom_vmap(custom_partitioning(ffi_call))``, with a shard_map between the two where the mesh has Explicit axes.
 """
 
 from __future__ import annotations

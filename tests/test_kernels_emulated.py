@@ -41,14 +41,9 @@ KERNEL_FLAGS = (
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
 )
 HOST_FILES = [
-    *(
-        f"cuda/{name}.cc"
-        for name in (
-            "batch_axes", "disk_cache", "heuristics", "jit", "launch_bwd", "launch_dbias", "launch_fwd", "tensor_map"
-        )  # fmt: skip
-    ),
-    "ffi/decode.cc",
-]
+    "cuda/batch_axes.cc", "cuda/disk_cache.cc", "cuda/heuristics.cc", "cuda/jit.cc", "cuda/launch_bwd.cc",
+    "cuda/launch_dbias.cc", "cuda/launch_fwd.cc", "cuda/tensor_map.cc", "ffi/decode.cc",
+]  # fmt: skip
 # Shared memory, as cpp/cuda/driver.cc knows it: of the largest and of the smallest GPUs.
 ARCHS = {90: 232448, 86: 101376}
 PORTABLE, HOPPER = 0, 1  # families of kernels
@@ -301,9 +296,7 @@ def test_bias_gradient(rng, emulated, full):
 def test_bias_shared_by_an_outer_batch_axis(rng, emulated):
     q, k, v = rng.qkv((3, 2), 70, 90, 2, 1, dtype=BF16, dim=64)
     arrays = q, k, v, rng.normal(1, 2, 2, 70, 90, dtype=BF16)
-    compare(
-        emulated, lambda *x: flash_attention(*x[:3], bias=x[3], return_lse=True), arrays, cotangents_of(rng, q, v)
-    )
+    compare(emulated, lambda *x: flash_attention(*x[:3], bias=x[3], return_lse=True), arrays, cotangents_of(rng, q, v))
 
 
 def test_vmap(rng, emulated):

@@ -100,8 +100,8 @@ Tiling bwd_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return small ? Tiling{64, 64, 4, 2, 1, 1} : Tiling{64, 128, 8, 2, 2, 1};
 }
 
-// A warp has 32 keys, and three accumulators: S^T, dP^T and the sums. With 64 queries, for which each operand is fetched
-// half as often, they leave registers for little else than a bias that comes through shared memory.
+// A warp has 32 keys, and three accumulators: S^T, dP^T and the sums. With 64 queries, for which each operand is
+// fetched half as often, they leave registers for little else than a bias that comes through shared memory.
 Tiling dbias_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   const bool small = arch.max_shared_bytes < 160 * 1024;  // see bwd_tiling
   if (head_dim > 128) return {64, 64, 4, 2, small ? 1 : 2, 1};
