@@ -339,7 +339,7 @@ def test_every_head_dim_has_a_tiling_of_those_compiled():
 def test_shared_memory_suffices_for_all_head_dims_and_features():
     """Also for pairs of head dims that no test compiles; the kernels themselves hold their storage to shared_bytes."""
     asserts = set()
-    for arch, direction, dim, dim_v in itertools.product(SHARED_LIMITS, DIRECTIONS, CLASSES, CLASSES):
+    for arch, direction, dim, dim_v in itertools.product(SHARED_LIMITS, NAMES, CLASSES, CLASSES):
         for feature in (None, *features(direction)):
             source = _core.kernel_source(Case(arch, direction, dim, dim_v, feature).config())
             fields = re.search(r"kConfig(\{.*?\});", source, re.DOTALL)[1]

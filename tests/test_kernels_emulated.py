@@ -203,6 +203,7 @@ CASES = {
     "bias 256": {"H": 256, "T": 70, "S": 96, "bias": normal(1, 4, 70, 96, dtype=F16), "dtype": F16},
     "bias 256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, "bias": normal(1, 2, 70, 130)},
     "bias 128 small": {"H": 128, "D": 96, "sm": 86, "bias": normal(1, 4, 150, 200, dtype=BF16), **BOTTOM},
+    "bias 59": {"H": 59, "T": 70, "S": 136, "bias": normal(2, 1, 70, 136, dtype=F16), "dtype": F16, "factor": 1.5},
     "bias, lengths": {"T": 300, "S": 270, "N": 2, "bias": normal(1, 2, 300, 270), **LENGTHS},
     "bias beside queries and keys": {"T": 300, "S": 130, "bias": normal(2, 1, 300, 130, dtype=BF16), **BOTTOM},
     "mask, lengths": {"mask": booleans(2, 1, 150, 200), **LENGTHS},

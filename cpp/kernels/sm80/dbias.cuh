@@ -154,7 +154,7 @@ struct DbiasBlock {
 
   __forceinline__ void run() const {
     const uint32 count = uint32(num_batch_entries(p) / num_bias_entries(p)) * uint32(p.num_heads / num_bias_heads(p));
-    // The next one from `index` on of which the positional mask shows something; `index` becomes `count` if none is
+    // The first from `index` on of which the positional mask shows something. Leaves `count` in `index` if none is
     // left.
     auto find = [&](uint32& index) {
       Sharer s = {};
