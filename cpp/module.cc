@@ -34,6 +34,7 @@ nb::dict targets(const std::string& platform) {
   if (platform == "cpu") {
     dict["jax_flash_fwd"] = stages({{"execute", jax_flash_fwd_cpu}});
     dict["jax_flash_bwd"] = stages({{"execute", jax_flash_bwd_cpu}});
+    dict["jax_flash_dbias"] = stages({{"execute", jax_flash_dbias_cpu}});
   } else if (platform == "CUDA") {
     dict["jax_flash_fwd"] = stages({{"instantiate", jax_flash_fwd_cuda_instantiate},
                                     {"initialize", jax_flash_fwd_cuda_initialize},
@@ -41,6 +42,9 @@ nb::dict targets(const std::string& platform) {
     dict["jax_flash_bwd"] = stages({{"instantiate", jax_flash_bwd_cuda_instantiate},
                                     {"initialize", jax_flash_bwd_cuda_initialize},
                                     {"execute", jax_flash_bwd_cuda_execute}});
+    dict["jax_flash_dbias"] = stages({{"instantiate", jax_flash_dbias_cuda_instantiate},
+                                      {"initialize", jax_flash_dbias_cuda_initialize},
+                                      {"execute", jax_flash_dbias_cuda_execute}});
   } else {
     throw std::invalid_argument("no platform " + platform);
   }

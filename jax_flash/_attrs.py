@@ -13,6 +13,9 @@ import numpy as np
 NO_DROPOUT = 256
 MAX_HEAD_DIM = 256
 MAX_BATCH_AXES = 8
+# Where a bias has one row for all queries, or one column for all keys, the call that forms its gradient sums over
+# blocks of so many, and leaves it to JAX to sum over the blocks: kBiasBlock in C++.
+BIAS_BLOCK = 64
 
 # Axes of each operand behind its batch axes, which the query has in front of [T, N, H]:
 #   T, S query and key rows; N, K query and key heads; H, D head dims of key and value;
@@ -35,11 +38,13 @@ OPERANDS = {
     "cu_seqlens_kv": "C",
     "page_table": "M",
     "dropout_stream": "NW",
-    # Of the backward call only:
+    # Of the backward call, and all but `out` and `d_lse` of the bias gradient's:
     "out": "TND",
     "lse": "NT",
     "d_out": "TND",
     "d_lse": "NT",
+    # Of the bias gradient's call only:
+    "delta": "NT",
 }
 
 
@@ -110,14 +115,28 @@ def forward_scratch_axes() -> dict[str, str]:
     return {"next_unit": ""}
 
 
+def backward_axes() -> dict[str, str]:
+    """Results of the backward call and their axes."""
+    return {"query": "TNH", "key": "SKH", "value": "SKD", "delta": "NT"}
+
+
 def backward_scratch_axes(attrs: Attrs) -> dict[str, str]:
     """Likewise of the backward call. U is the number of 16-row blocks of dq_accum, F that of floats in one."""
     return {"dq_accum": "NUF"} | ({"tickets": "NT"} if attrs.deterministic else {})
 
 
-def backward_axes(operands: tuple[str, ...]) -> dict[str, str]:
-    """Results of the backward call and their axes."""
-    results = {"query": "TNH", "key": "SKH", "value": "SKD", "delta": "NT"}
-    if "bias" in operands:
-        results["bias"] = "nts"
-    return results
+def bias_gradient_axes() -> dict[str, str]:
+    """Result of the bias gradient's call: the bias's own axes, of which I and J may be blocks of rows and columns."""
+    return {"bias": "nIJ"}
+
+
+def bias_gradient_type(bias: tuple[int, ...], dtype: np.dtype, scores: tuple[int, int]) -> tuple[tuple, np.dtype]:
+    """Its shape and dtype: the bias's own, or float32 sums over blocks where it has one row or column for all.
+
+    Args:
+      bias: the shape of the bias.
+      dtype: its dtype.
+      scores: numbers of queries and keys.
+    """
+    shape = tuple(-(-n // BIAS_BLOCK) if size == 1 else size for size, n in zip(bias[-2:], scores, strict=True))
+    return (*bias[:-2], *shape), np.dtype(np.float32) if 1 in bias[-2:] else dtype

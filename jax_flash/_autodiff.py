@@ -60,12 +60,13 @@ _forward_paged = _without_derivative(
     "jax_flash: paged attention is for inference and has no gradient. For training use flash_attention or "
     "flash_attention_varlen.",
 )
-# The backward call by itself (``_ffi.backward``).
-backward = _without_derivative(
-    _ffi.backward,
+_ONCE = (
     "jax_flash: attention is differentiable once. A second derivative (grad of grad, hessian) is not implemented; "
-    "jax.nn.dot_product_attention has one.",
+    "jax.nn.dot_product_attention has one."
 )
+# The backward calls by themselves (``_ffi.backward``, ``_ffi.bias_gradient``).
+backward = _without_derivative(_ffi.backward, _ONCE)
+bias_gradient = _without_derivative(_ffi.bias_gradient, _ONCE)
 
 
 def _attend_primal(attrs: Attrs, operands: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -88,27 +89,18 @@ def _attend_bwd(attrs: Attrs, residuals, cotangents):
     operands, out, lse = residuals
     d_out, d_lse = cotangents
     # A sink is no operand of the backward call: it acts through lse alone.
-    inputs = {n: x for n, x in operands.items() if n != "sinks"}
-    if attrs.deterministic and "bias" in operands:
-        # CUDA kernels sum the gradient over axes that the bias broadcasts by atomic additions, in any order. Formed in
-        # full it has one addend each, and XLA sums it.
-        inputs["bias"] = jnp.broadcast_to(inputs["bias"], _scores_shape(operands))
-    results = backward(attrs, {**inputs, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse})
+    inputs = {n: x for n, x in operands.items() if n != "sinks"} | {"lse": lse, "d_out": d_out}
+    results = backward(attrs, {**inputs, "out": out, "d_lse": d_lse})
     gradients = {n: results[n] for n in ("query", "key", "value")}
     if "bias" in operands:
-        gradients["bias"] = _summed_to(operands["bias"].shape, results["bias"]).astype(operands["bias"].dtype)
+        bias, sums = operands["bias"], bias_gradient(attrs, {**inputs, "delta": results["delta"]})["bias"]
+        gradients["bias"] = _summed_to(bias.shape, sums).astype(bias.dtype)
     if "sinks" in operands:
         gradients["sinks"] = _sinks_gradient(operands["sinks"], lse, results["delta"])
     return ({name: gradients.get(name) for name in operands},)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _scores_shape(operands: Arrays) -> tuple[int, ...]:
-    """``[..., N, T, S]`` of a dense call."""
-    *batch, seqlen_q, num_heads, _ = operands["query"].shape
-    return (*batch, num_heads, seqlen_q, operands["key"].shape[-3])
 
 
 def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:

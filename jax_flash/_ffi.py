@@ -1,8 +1,8 @@
-"""The two custom calls as JAX functions: registration, result types, and the rules for vmap and for sharded jit.
+"""The custom calls as JAX functions: registration, result types, and the rules for vmap and for sharded jit.
 
-``forward`` and ``backward`` take the static ``Attrs`` and a dict of operands (``_attrs.OPERANDS``) and choose nothing:
-they call what XLA finds under the target's name on the platform at hand. From the inside out each is
-``custom_vmap(custom_partitioning(ffi_call))``, with a shard_map between the two where the mesh has Explicit axes.
+``forward``, ``backward`` and ``bias_gradient`` take the static ``Attrs`` and a dict of operands (``_attrs.OPERANDS``)
+and choose nothing: they call what XLA finds under the target's name on the platform at hand. From the inside out each
+is ``custom_vmap(custom_partitioning(ffi_call))``, with a shard_map between the two where the mesh has Explicit axes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from jax_flash._attrs import (
     Attrs,
     backward_axes,
     backward_scratch_axes,
+    bias_gradient_axes,
+    bias_gradient_type,
     ffi_attributes,
     forward_axes,
     forward_scratch_axes,
@@ -37,15 +39,16 @@ except ImportError as error:
 
 FORWARD_TARGET = "jax_flash_fwd"
 BACKWARD_TARGET = "jax_flash_bwd"
+DBIAS_TARGET = "jax_flash_dbias"
 
 _core.set_nvrtc_directories(_cuda.nvrtc_directories())
 for _platform in ("cpu", "CUDA"):
     for _name, _stages in _core.targets(_platform).items():
         jax.ffi.register_ffi_target(_name, _stages, platform=_platform)
 
-# For ``jax.export.export(..., disabled_checks=...)``: exported programs may contain these two custom calls.
+# For ``jax.export.export(..., disabled_checks=...)``: exported programs may contain these custom calls.
 DISABLED_CHECKS = tuple(
-    jax.export.DisabledSafetyCheck.custom_call(target) for target in (FORWARD_TARGET, BACKWARD_TARGET)
+    jax.export.DisabledSafetyCheck.custom_call(target) for target in (FORWARD_TARGET, BACKWARD_TARGET, DBIAS_TARGET)
 )
 
 Arrays = dict[str, jax.Array]
@@ -57,11 +60,19 @@ def forward(attrs: Attrs, operands: Arrays) -> Arrays:
 
 
 def backward(attrs: Attrs, operands: Arrays) -> Arrays:
-    """Gradients by operand name (``query key value``, ``bias`` in float32) and ``delta [..., N, T]``.
+    """Gradients by operand name (``query key value``) and ``delta [..., N, T]``.
 
     ``delta`` is rowsum(d_out * out) - d_lse: the gradient of the logsumexp's shift, from which that of sinks follows.
     """
     return _call(BACKWARD_TARGET, attrs, _sorted_names(operands))(operands)
+
+
+def bias_gradient(attrs: Attrs, operands: Arrays) -> Arrays:
+    """The gradient of ``bias``, as ``bias_gradient_type`` says: to be summed over the blocks that it may have.
+
+    A call of its own, so that a bias whose gradient nobody uses costs nothing: XLA drops the call then.
+    """
+    return _call(DBIAS_TARGET, attrs, _sorted_names(operands))(operands)
 
 
 def _sorted_names(operands: Arrays) -> tuple[str, ...]:
@@ -69,7 +80,15 @@ def _sorted_names(operands: Arrays) -> tuple[str, ...]:
 
 
 def _result_axes(target: str, attrs: Attrs, names: tuple[str, ...]) -> dict[str, str]:
-    return forward_axes(attrs, names) if target == FORWARD_TARGET else backward_axes(names)
+    if target == FORWARD_TARGET:
+        return forward_axes(attrs, names)
+    return backward_axes() if target == BACKWARD_TARGET else bias_gradient_axes()
+
+
+def _scratch_axes(target: str, attrs: Attrs) -> dict[str, str]:
+    if target == FORWARD_TARGET:
+        return forward_scratch_axes()
+    return backward_scratch_axes(attrs) if target == BACKWARD_TARGET else {}
 
 
 def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
@@ -86,13 +105,14 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
 
     def result_type(name: str, axes: str) -> jax.ShapeDtypeStruct:
         if name == "bias":
-            return compat.result_type(operands["bias"].shape, jnp.float32, operands)
+            bias = operands["bias"]
+            return compat.result_type(*bias_gradient_type(bias.shape, bias.dtype, (sizes["T"], sizes["S"])), operands)
         float32 = name in ("lse", "delta", "probs", "dq_accum")
         dtype = jnp.float32 if float32 else jnp.int32 if name in ("next_unit", "tickets") else query.dtype
         return compat.result_type((*batch, *(sizes[a] for a in axes)), dtype, operands)
 
-    scratch = backward_scratch_axes(attrs) if target == BACKWARD_TARGET else forward_scratch_axes()
-    return {name: result_type(name, axes) for name, axes in (_result_axes(target, attrs, names) | scratch).items()}
+    results = _result_axes(target, attrs, names) | _scratch_axes(target, attrs)
+    return {name: result_type(name, axes) for name, axes in results.items()}
 
 
 @functools.cache
@@ -130,7 +150,7 @@ def _call(target: str, attrs: Attrs, names: tuple[str, ...]):
             if is_batched[0][name]:
                 return x
             # The query sets the batch axes, and each example needs its own gradient of a shared bias.
-            full = name == "query" or (name == "bias" and target == BACKWARD_TARGET)
+            full = name == "query" or (name == "bias" and target == DBIAS_TARGET)
             return jnp.broadcast_to(x, (size, *x.shape)) if full else x[None]
 
         out = call({name: widen(name, x) for name, x in operands.items()})

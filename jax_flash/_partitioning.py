@@ -2,7 +2,7 @@
 
 Attention mixes neither batch entries nor heads, so a call whose operands are sharded over those axes runs on each
 device's part with no communication. Two exceptions add one all-reduce to the backward pass: key/value heads fewer than
-the devices they are needed on (dk, dv), and a bias that is shared by what is sharded (dbias).
+the devices they are needed on (dk, dv), and a bias that is shared by what is sharded, where its gradient is used.
 
 Meshes with Auto axes are served by ``partitioned`` (a Shardy rule), those with Explicit axes by ``in_explicit_mesh``
 (a shard_map); inside a user's shard_map every array is local already.

@@ -75,9 +75,8 @@ def flash_attention(
         index, head and positions alone: it is the same on every device and under jit, vmap, remat and sharding. Inside
         a ``shard_map``, fold in ``axis_index`` to give each shard its own.
       broadcast_dropout: one mask for all batch entries and heads, as Flax does by default.
-      deterministic: the gradients must be bitwise equal from run to run. (On the CPU they always are.) On GPUs those
-        of key and value always are too; this adds those of query and bias, and costs some speed, and memory for the
-        full gradient of a bias that broadcasts.
+      deterministic: the gradients must be bitwise equal from run to run. (On the CPU they always are.) On GPUs all
+        but the query's always are too; this adds that one, and costs some speed.
       return_lse: also return the logsumexp of the scores.
 
     Returns:

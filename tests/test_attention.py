@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,8 +100,8 @@ def value_and_gradients(attend, arrays, cotangents):
     return out, lse, vjp((d_out.astype(out.dtype), jnp.where(jnp.isinf(lse), 0, d_lse).astype(lse.dtype)))[0]
 
 
-def check_against_reference(rng, shape, option, dtype):
-    ours, reference = OPTIONS[option](rng, shape)
+def check_against_reference(rng, shape, options, dtype):
+    ours, reference = options(rng, shape)
     q, k, v = shape.qkv(rng, dtype)
     arrays = {"query": q, "key": k, "value": v} | {n: ours[n] for n in ("bias", "sinks") if n in ours}
     cotangents = (
@@ -126,13 +128,28 @@ def check_against_reference(rng, shape, option, dtype):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32(rng, shape, option):
-    actual, expected, _ = check_against_reference(rng, SHAPES[shape], option, jnp.float32)
+    actual, expected, _ = check_against_reference(rng, SHAPES[shape], OPTIONS[option], jnp.float32)
     assert_close(actual[1], expected[1], 1e-5)
     assert_close(actual, expected, 1e-4)
 
 
+@CPU_ONLY
+@pytest.mark.parametrize("full", list(itertools.product([True, False], repeat=4)), ids=str)
+@pytest.mark.parametrize("shape", ["odd", "more_queries"])
+def test_every_broadcast_of_a_bias(rng, shape, full):
+    """Over batch entries, heads, queries and keys."""
+
+    def options(r, s):
+        sizes = (s.batch, s.heads, s.seqlen_q, s.seqlen_kv)
+        bias = r.normal(*(size if x else 1 for size, x in zip(sizes, full, strict=True)))
+        return {"bias": bias, "is_causal": True}, {"bias": bias, "window": (-1, 0)}
+
+    actual, expected, _ = check_against_reference(rng, SHAPES[shape], options, jnp.float32)
+    assert_close(actual, expected, 1e-4)
+
+
 def check_low_precision(rng, shape, option, dtype):
-    (out, lse, grads), high, low = check_against_reference(rng, shape, option, dtype)
+    (out, lse, grads), high, low = check_against_reference(rng, shape, OPTIONS[option], dtype)
     factor = 3.0 if option in ("softcap", "everything") else 2.0
     assert out.dtype == dtype and lse.dtype == jnp.float32
     assert_accurate(out, high[0], low[0], factor)
@@ -169,7 +186,7 @@ def test_instruction_sets(rng, instruction_set, option, dtype):
     """Each build that the processor can run gives the reference's result."""
     _core.use_instruction_set(instruction_set)
     try:
-        actual, expected, low = check_against_reference(rng, SHAPES["odd"], option, dtype)
+        actual, expected, low = check_against_reference(rng, SHAPES["odd"], OPTIONS[option], dtype)
     finally:
         _core.use_instruction_set(_core.instruction_sets()[0])
     if dtype == jnp.float32:

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import re
 
-from jax_flash._attrs import OPERANDS, Attrs, ffi_attributes
+from jax_flash._attrs import BIAS_BLOCK, OPERANDS, Attrs, ffi_attributes
 
 CPP = pathlib.Path(__file__).parent.parent / "cpp" / "ffi"
 HEADER = (CPP / "attrs.h").read_text()
@@ -29,6 +29,11 @@ def test_operands():
     assert cpp == ["".join(part.capitalize() for part in name.split("_")) for name in OPERANDS]
     names = re.search(r"kOperandNames\[\] = \{(.*?)\};", (CPP / "decode.cc").read_text(), re.S)[1]
     assert re.findall(r'"(\w+)"', names) == list(OPERANDS)
+
+
+def test_blocks_of_the_bias_gradient():
+    problem = (CPP.parent / "common" / "problem.h").read_text()
+    assert f"kBiasBlock = {BIAS_BLOCK};" in problem
 
 
 def test_operand_bits():

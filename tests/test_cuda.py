@@ -287,6 +287,16 @@ def test_200_repeats_are_bitwise_equal(rng, dim, lengths, mask):
     assert_repeats_bitwise(step, arrays, cotangents_of(rng, arrays[0], arrays[2]))
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 512, 512), (8, 1, 1, 512), (1, 1, 1, 1)], ids=str)
+@HEAD_DIMS
+def test_200_repeats_of_a_bias_gradient_are_bitwise_equal(rng, dim, shape):
+    """Always, whatever it is summed over."""
+    q, k, v = rng.qkv(8, 512, 512, 4, 2, dim, dtype=BF16)
+    run = with_gradients(lambda q, k, v, bias: flash_attention(q, k, v, bias=bias, is_causal=True, return_lse=True))
+    step = jax.jit(lambda *args: run(*args)[1][3])
+    assert_repeats_bitwise(step, (q, k, v, rng.normal(*shape)), cotangents_of(rng, q, v))
+
+
 DETERMINISTIC = {
     "full": {},
     "causal": {"is_causal": True},

@@ -26,10 +26,11 @@ def why_no_nvrtc() -> str | None:
 
 pytestmark = pytest.mark.skipif(why_no_nvrtc() is not None, reason=f"needs nvidia-cuda-nvrtc: {why_no_nvrtc()}")
 
-FORWARD, BACKWARD = 0, 1
+FORWARD, BACKWARD, DBIAS = 0, 1, 2
 F32, BF16, F16 = 0, 1, 2
 PORTABLE, HOPPER = 0, 1
 DIRECTIONS = {FORWARD: "forward", BACKWARD: "backward"}
+NAMES = DIRECTIONS | {DBIAS: "gradient of the bias"}
 DTYPES = {BF16: "bfloat16", F16: "float16"}
 
 # Bytes of shared memory that a thread block may ask for: the CUDA C++ Programming Guide's table of technical
@@ -45,10 +46,11 @@ SHARED_LIMITS = {
 
 CLASSES = (32, 64, 96, 128, 192, 256)  # of head dims, as tiled
 
+BIAS = {"bias": 1, "bias_dtype": BF16, "paired": 1, "bias_tiled": 1}
 FEATURES: dict[str, dict[str, int]] = {
     "softcap": {"softcap": 1},
     "alibi": {"alibi": 1},
-    "bias": {"bias": 1, "bias_dtype": BF16, "paired": 1, "bias_tiled": 1},
+    "bias": BIAS,
     "bias float32": {"bias": 1, "bias_dtype": F32, "paired": 1},
     "bias of queries": {"bias": 1, "bias_dtype": F16},  # one for all keys
     "mask": {"mask": 1, "mask_wide": 1, "paired": 1},
@@ -78,7 +80,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         dims = f"{self.head_dim}x{self.head_dim_v}"
         family = " hopper" if self.family == HOPPER else ""
-        return f"{self.arch}{family} {DIRECTIONS[self.direction]} {DTYPES[self.dtype]} {dims} {self.feature or 'plain'}"
+        return f"{self.arch}{family} {NAMES[self.direction]} {DTYPES[self.dtype]} {dims} {self.feature or 'plain'}"
 
     def config(self) -> dict[str, int]:
         facts = {
@@ -90,6 +92,8 @@ class Case(NamedTuple):
             "positive_scale": 1,
             "aligned": int(self.head_dim % 8 == 0 and self.head_dim_v % 8 == 0),
         }
+        if self.direction == DBIAS:
+            facts |= BIAS
         facts |= FEATURES.get(self.feature or "", {})
         if self.family == HOPPER:
             facts["num_batch_axes"] = 1
@@ -124,6 +128,13 @@ CASES += [
     Case("sm_90a", d, 128, 128, feature) for d in DIRECTIONS for feature in features(d) if feature in PORTABLE_ONLY
 ]
 CASES += [Case("sm_90a", FORWARD, dim, dim, "paged") for dim in (64, 256)]
+
+# The gradient of a bias has one kernel for all architectures.
+CASES += [Case(arch, DBIAS, dim, dim) for arch in ("sm_80", "sm_86", "sm_90a") for dim in CLASSES]
+DBIAS_FEATURES = [f for f in features(BACKWARD) if f not in ("bias", "deterministic")]
+CASES += [Case("sm_90a", DBIAS, 128, 128, feature) for feature in DBIAS_FEATURES]
+CASES += [Case(arch, DBIAS, 256, 256, "all") for arch in ("sm_86", "sm_90a")]
+CASES += [Case("sm_80", DBIAS, *dims, dtype=F16) for dims in ((192, 128), (111, 111))]
 
 # Hopper's own kernels.
 HOPPER_CASES = [
@@ -160,7 +171,7 @@ SHARE_IN_STEP = 0.03
 
 def product_instructions(c: dict[str, int]) -> int:
     """Of a warp's step of the main loop: block_q queries by block_kv keys, in pieces of 16 x 8 x 16."""
-    dims = c["head_dim"] + c["head_dim_v"] if c["direction"] == FORWARD else 3 * c["head_dim"] + 2 * c["head_dim_v"]
+    dims = 3 * c["head_dim"] + 2 * c["head_dim_v"] if c["direction"] == BACKWARD else c["head_dim"] + c["head_dim_v"]
     return c["block_q"] * c["block_kv"] * dims // (16 * 8 * 16 * c["num_warps"])
 
 
@@ -179,7 +190,7 @@ def section_of(elf: bytes, name: bytes) -> bytes:
 # From sm_80 to sm_120 an instruction takes 16 bytes and has its operation in the lowest 12 bits (nvdisasm prints both).
 HMMA, STORE_LOCAL, LOAD_LOCAL = 0x23C, 0x387, 0x983
 HGMMA = 0x1F0  # in the lowest 10
-ENTRIES = {FORWARD: b"jax_flash_fwd", BACKWARD: b"jax_flash_bwd"}
+ENTRIES = {FORWARD: b"jax_flash_fwd", BACKWARD: b"jax_flash_bwd", DBIAS: b"jax_flash_dbias"}
 
 
 def share_of_local_memory(cubin: bytes, c: dict[str, int]) -> float:
@@ -218,7 +229,7 @@ def test_kernel(case):
     cubin, log, spills = compiled(config, case.arch)
     if not LIMITS_HOLD:
         return
-    assert len(spills) == (2 if case.direction == FORWARD else 6), log
+    assert len(spills) == (6 if case.direction == BACKWARD else 2), log
     assert max(spills) <= SPILLED_BYTES.get(case.feature or "", OTHER_SPILLED_BYTES)
     if case.feature != "return_softmax":  # a testing aid, which takes the scores a second time
         assert share_of_local_memory(cubin, config) <= SHARE_IN_STEP
@@ -330,7 +341,7 @@ def test_every_head_dim_has_a_tiling_of_those_compiled():
 def test_shared_memory_suffices_for_all_head_dims_and_features():
     """Also for pairs of head dims that no test compiles; the kernels themselves hold their storage to shared_bytes."""
     asserts = set()
-    for arch, direction, dim, dim_v in itertools.product(SHARED_LIMITS, DIRECTIONS, CLASSES, CLASSES):
+    for arch, direction, dim, dim_v in itertools.product(SHARED_LIMITS, NAMES, CLASSES, CLASSES):
         for feature in (None, *features(direction)):
             source = _core.kernel_source(Case(arch, direction, dim, dim_v, feature).config())
             fields = re.search(r"kConfig(\{.*?\});", source, re.DOTALL)[1]

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -40,12 +41,9 @@ KERNEL_FLAGS = (
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
 )
 HOST_FILES = [
-    *(
-        f"cuda/{name}.cc"
-        for name in ("batch_axes", "disk_cache", "heuristics", "jit", "launch_bwd", "launch_fwd", "tensor_map")
-    ),
-    "ffi/decode.cc",
-]
+    "cuda/batch_axes.cc", "cuda/disk_cache.cc", "cuda/heuristics.cc", "cuda/jit.cc", "cuda/launch_bwd.cc",
+    "cuda/launch_dbias.cc", "cuda/launch_fwd.cc", "cuda/tensor_map.cc", "ffi/decode.cc",
+]  # fmt: skip
 # Shared memory, as cpp/cuda/driver.cc knows it: of the largest and of the smallest GPUs.
 ARCHS = {90: 232448, 86: 101376}
 PORTABLE, HOPPER = 0, 1  # families of kernels
@@ -116,7 +114,7 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_FLASH_CACHE_DIR", str(folder / "kernels"))
         loaded.emulate(90, ARCHS[90])
-    for name in ("emulated_fwd", "emulated_bwd"):
+    for name in ("emulated_fwd", "emulated_bwd", "emulated_dbias"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return loaded
 
@@ -132,6 +130,7 @@ def emulated(runtime, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(_ffi, "FORWARD_TARGET", "emulated_fwd")
             patch.setattr(_ffi, "BACKWARD_TARGET", "emulated_bwd")
+            patch.setattr(_ffi, "DBIAS_TARGET", "emulated_dbias")
             yield
 
     return context
@@ -203,6 +202,11 @@ CASES = {
     "bias of keys": {"S": 201, "bias": normal(2, 1, 1, 201), "H": 128},
     "bias of queries": {"bias": normal(1, 4, 150, 1, dtype=F16), "deterministic": True},
     "bias 256": {"H": 256, "T": 70, "S": 96, "bias": normal(1, 4, 70, 96, dtype=F16), "dtype": F16},
+    "bias 256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, "bias": normal(1, 2, 70, 130)},
+    "bias 128 small": {"H": 128, "D": 96, "sm": 86, "bias": normal(1, 4, 150, 200, dtype=BF16), **BOTTOM},
+    "bias 59": {"H": 59, "T": 70, "S": 136, "bias": normal(2, 1, 70, 136, dtype=F16), "dtype": F16, "factor": 1.5},
+    "bias, lengths": {"T": 300, "S": 270, "N": 2, "bias": normal(1, 2, 300, 270), **LENGTHS},
+    "bias beside queries and keys": {"T": 300, "S": 130, "bias": normal(2, 1, 300, 130, dtype=BF16), **BOTTOM},
     "mask, lengths": {"mask": booleans(2, 1, 150, 200), **LENGTHS},
     "wide mask": {"S": 208, "mask": booleans(1, 4, 150, 208), "local_window_size": (90, 20), "dtype": F16},
     "wide mask 128": {"H": 128, "T": 200, "S": 176, "mask": booleans(2, 1, 200, 176)},
@@ -277,6 +281,28 @@ ON_HOPPER = (
 @pytest.mark.parametrize("case", ON_HOPPER)
 def test_dense_on_hopper(rng, emulated, case):
     check_dense(rng, emulated, case, HOPPER)
+
+
+@pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_bias_gradient(rng, emulated, full):
+    """Of a bias that broadcasts any of [B, N, T, S]. Rows that see no key have no part in it, whatever they hold."""
+    sizes = (2, 2, 150, 130)
+    q, k, v = rng.qkv(2, 150, 130, 2, 1, dtype=BF16, dim=64)
+    bias = rng.normal(*(size if x else 1 for size, x in zip(sizes, full, strict=True)))
+    d_out, d_lse = cotangents_of(rng, q, v)
+    d_out, q = d_out.at[:, :20].set(jnp.nan), q.at[:, :20].set(jnp.inf)
+
+    def call(q, k, v, bias):
+        return flash_attention(q, k, v, bias=bias, is_causal=True, return_lse=True)
+
+    # In the sum over all keys nothing is left but d_lse: what errors are relative to.
+    compare(emulated, call, (q, k, v, bias), (d_out, d_lse), factor=1 if full[3] else 3)
+
+
+def test_bias_shared_by_an_outer_batch_axis(rng, emulated):
+    q, k, v = rng.qkv((3, 2), 70, 90, 2, 1, dtype=BF16, dim=64)
+    arrays = q, k, v, rng.normal(1, 2, 2, 70, 90, dtype=BF16)
+    compare(emulated, lambda *x: flash_attention(*x[:3], bias=x[3], return_lse=True), arrays, cotangents_of(rng, q, v))
 
 
 def test_vmap(rng, emulated):

@@ -430,6 +430,11 @@ BACKWARD = (
         "dq_accum": ((2, N, T // 16 + 1, 16 * -(-H // 8) * 8), F32),
     },
 )
+DBIAS = (
+    "jax_flash_dbias",
+    {**DENSE[1], "bias": ones(1, N, T, S), "lse": ones(2, N, T), "d_out": ones(2, T, N, H), "delta": ones(2, N, T)},
+    {"bias": ((1, N, T, S), F32)},
+)
 
 # The call, what is wrong with its operands, results and attributes, and what the error must name.
 MISUSE = [
@@ -494,15 +499,17 @@ MISUSE = [
     (BACKWARD, {}, {"dq_accum": ABSENT}, {}, "dq_accum is not among the results"),
     (BACKWARD, {}, {"dq_accum": ((2, N, T // 16, 128), F32)}, {}, "dq_accum has size"),
     (BACKWARD, {}, {}, {"deterministic": True}, "tickets is not among the results"),
-    (BACKWARD, {"bias": ones(1, 1, 1, 1)}, {}, {}, "dbias must be a float32 result"),
-    (
-        BACKWARD,
-        {"bias": ones(1, 1, 1, 1)},
-        {"bias": ((1, 1, 1, 1), jnp.bfloat16)},
-        {},
-        "dbias must be a float32 result",
-    ),
-    (BACKWARD, {"bias": ones(1, 1, 1, S)}, {"bias": ((1, 1, 1, 1), F32)}, {}, "dbias must be a float32 result"),
+    (DBIAS, {"bias": ABSENT}, {}, {}, "bias is missing"),
+    (DBIAS, {"delta": ABSENT}, {}, {}, "delta is missing"),
+    (DBIAS, {"lse": ones(2, T, N)}, {}, {}, "lse has size 4"),
+    (DBIAS, {"page_table": ints([0], [0])}, {}, {}, "page_table has no bias gradient"),
+    (DBIAS, {"cu_seqlens_q": ints([0, 3], [0, 3])}, {}, {}, "cu_seqlens_q has no bias gradient"),
+    (DBIAS, {}, {"bias": ((N, T, S), F32)}, {}, "dbias is not the result that follows from bias"),
+    (DBIAS, {}, {"bias": ((1, N, T, S), jnp.bfloat16)}, {}, "dbias is not the result"),
+    (DBIAS, {}, {"bias": ((2, N, T, S), F32)}, {}, "dbias is not the result"),
+    (DBIAS, {"bias": ones(1, N, T, S, dtype=jnp.bfloat16)}, {}, {}, "dbias is not the result"),
+    (DBIAS, {"bias": ones(1, N, 1, S, dtype=jnp.bfloat16)}, {"bias": ((1, N, 1, S), jnp.bfloat16)}, {}, "dbias is not"),
+    (DBIAS, {"bias": ones(1, N, 1, 1)}, {"bias": ((1, N, 1, S), F32)}, {}, "dbias is not the result"),
 ]
 
 
@@ -518,7 +525,7 @@ def ffi_call(target, operands, results, attributes):
     jax.block_until_ready(jax.ffi.ffi_call(target, results)(*operands.values(), **attributes))
 
 
-@pytest.mark.parametrize("call", [DENSE, PACKED, BACKWARD], ids=["dense", "packed", "backward"])
+@pytest.mark.parametrize("call", [DENSE, PACKED, BACKWARD, DBIAS], ids=["dense", "packed", "backward", "dbias"])
 def test_proper_use_of_the_custom_calls(call):
     ffi_call(*call, {})
 

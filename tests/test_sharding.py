@@ -178,6 +178,31 @@ def test_options(rng, mesh, option):
     check(full, operands, mesh, specs, {"all-reduce": 1} if shared else {})
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec"), [((1, 1, 6, 9), WHOLE), ((1, 8, 1, 9), P(None, "model")), ((4, 1, 1, 1), P("data"))]
+)
+@pytest.mark.parametrize("heads_kv", [4, 2])
+def test_gradient_of_a_shared_bias(rng, mesh, shape, spec, heads_kv):
+    """One all-reduce for it, beside those for the keys and values that devices share; none if it is a constant."""
+    args = *rng.qkv(4, 6, 9, 8, heads_kv, 8), rng.normal(*shape)
+    kv_spec, shared_keys = (HEADS, {}) if heads_kv == 4 else (BATCH, {"all-reduce": 1})
+    specs = (HEADS, kv_spec, kv_spec, spec)
+
+    def loss(q, k, v, bias):
+        return jnp.sum(jnp.sin(flash_attention(q, k, v, bias=bias)))
+
+    def compiled(argnums, *args):
+        return jax.jit(jax.grad(loss, argnums)).lower(*args).compile()
+
+    expected = compiled((0, 1, 2, 3), *args)(*args)
+    with within(mesh):
+        placed = place(mesh, args, specs)
+        assert collectives(compiled((0, 1, 2), *placed)) == shared_keys
+        trained = compiled((0, 1, 2, 3), *placed)
+        assert_close(trained(*placed), expected)
+        assert collectives(trained).keys() == {"all-reduce"}
+
+
 @pytest.mark.parametrize(("heads_kv", "kv_spec"), [(4, HEADS), (2, BATCH)])
 def test_dropout_does_not_depend_on_the_sharding(rng, mesh, heads_kv, kv_spec):
     operands = named(rng.qkv(4, 6, 9, 8, heads_kv, 8)) | {"dropout_key": jax.random.key(3)}

@@ -16,12 +16,12 @@ from jax_flash import _reference, flash_attention, flash_attention_varlen, paged
 
 pytestmark = pytest.mark.usefixtures("device")
 
-FORWARD, BACKWARD = "jax_flash_fwd", "jax_flash_bwd"
+FORWARD, BACKWARD, DBIAS = "jax_flash_fwd", "jax_flash_bwd", "jax_flash_dbias"
 Arrays = dict[str, jax.Array]
 
 
 def num_calls(compiled, target: str) -> int:
-    """Calls of one of our two targets in a compiled program."""
+    """Calls of one of our targets in a compiled program."""
     return len(re.findall(f'custom_call_target="{target}"', compiled.as_text()))
 
 
@@ -303,6 +303,54 @@ def test_saving_out_and_lse_spares_the_second_forward(rng, remat, forward_calls)
     assert num_calls(compiled, FORWARD) == forward_calls
     assert num_calls(compiled, BACKWARD) == 1
     assert_close(compiled(*args), expected_layers(*args), 1e-4)
+
+
+def biased(q, k, v, bias):
+    return flash_attention(q, k, v, bias=bias, is_causal=True)
+
+
+def scanned_with_bias(x, k, v, bias):
+    return jax.lax.scan(lambda x, kv: (x + biased(x, *kv, bias), None), x, (k, v))[0]
+
+
+@pytest.mark.parametrize("layers", [biased, scanned_with_bias])
+@pytest.mark.parametrize(("argnums", "calls"), [((0, 1, 2), 0), ((0, 1, 2, 3), 1), ((3,), 1)])
+def test_only_a_bias_whose_gradient_is_used_has_one(rng, layers, argnums, calls):
+    """A constant bias is not to cost the kernel that forms its gradient."""
+    k, v = rng.activations(2, 2, 9, 2, 16) if layers is biased else rng.activations(2, 3, 2, 9, 2, 16)
+    args = rng.activations(2, 6, 4, 16), k, v, rng.normal(1, 4, 6, 9)
+    compiled = jax.jit(gradients(layers, argnums)).lower(*args).compile()
+    assert num_calls(compiled, BACKWARD) == 1
+    assert num_calls(compiled, DBIAS) == calls
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    ("shape", "result"),
+    [((1, 4, 70, 90), (1, 4, 70, 90)), ((2, 1, 1, 90), (2, 1, 2, 90)), ((1, 1, 70, 1), (1, 1, 70, 2))],
+)
+def test_type_of_the_bias_gradient(rng, dtype, shape, result):
+    """One with all queries and keys leaves the kernel as it is asked for; others as float32 sums over blocks."""
+    q, k, v = rng.qkv(2, 70, 90)
+    compiled = jax.jit(gradients(biased, 3)).lower(q, k, v, rng.normal(*shape, dtype=dtype)).compile()
+    (call,) = (x for x in compiled.as_text().splitlines() if f'custom_call_target="{DBIAS}"' in x)
+    names = {jnp.bfloat16: "bf16", jnp.float16: "f16", jnp.float32: "f32"}
+    name = names[dtype] if shape == result else "f32"
+    assert f"{name}[{','.join(map(str, result))}]" in call.split("custom-call")[0]
+    assert compiled.out_info.dtype == dtype and compiled.out_info.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 9), (1, 1, 1, 9), (2, 1, 6, 1)])
+def test_vmap_over_a_shared_bias(rng, shape):
+    """Each example has a gradient of its own, which a gradient of the whole sums up."""
+    q, k, v = rng.qkv((3, 2), 6, 9)
+    bias = rng.normal(*shape)
+    in_axes, gradient = (0, 0, 0, None), gradients(biased, (0, 1, 2, 3))
+    each = [jax.jit(gradient)(q[i], k[i], v[i], bias) for i in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    assert_close(jax.jit(jax.vmap(gradient, in_axes))(q, k, v, bias), stacked)
+    summed = (*stacked[:3], stacked[3].sum(0))
+    assert_close(jax.jit(gradients(jax.vmap(biased, in_axes), (0, 1, 2, 3)))(q, k, v, bias), summed)
 
 
 @CPU_ONLY

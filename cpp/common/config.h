@@ -9,7 +9,7 @@
 
 namespace flash {
 
-enum class Direction : int32 { kFwd, kBwd };
+enum class Direction : int32 { kFwd, kBwd, kDbias };
 
 // Kernels for mma.sync, on every GPU from Ampere on, and for Hopper's own instructions.
 enum class Family : int32 { kSm80, kSm90 };
@@ -41,12 +41,12 @@ struct KernelConfig {
 
   int32 block_q;
   int32 block_kv;
-  int32 num_warps;  // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
-  int32 warps_d;    // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
-                    // lie along the keys
-  int32
-      num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward; there, of bias tiles too
-  bool ping_pong;  // Hopper's forward: warpgroups take turns, from their products to their first maximum
+  int32 num_warps;   // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
+  int32 warps_d;     // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
+                     // lie along the keys. Gradient of the bias: side by side along the queries
+  int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward, in both of Hopper's of
+                     // bias tiles too; 2 in the gradient of the bias if k and v have one each
+  bool ping_pong;    // Hopper's forward: warpgroups take turns, from their products to their first maximum
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
 
   bool operator==(const KernelConfig&) const = default;
@@ -136,6 +136,10 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
     return k + v + c.num_stages * (q + o + statistics + bias) + 2 * c.warps_d * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;
+  if (c.direction == Direction::kDbias) {
+    const int64 operands = c.num_stages > 1 ? k + q + v + o : max_of(k + q, v + o);
+    return max_of(operands + statistics + bias, int64{4} * c.block_q * (c.block_kv + 4));
+  }
   return k + v + c.num_stages * (q + o + statistics) + (c.warps_d > 1 ? 2 : 1) * scores + bias;
 }
 

@@ -12,6 +12,9 @@ namespace flash {
 
 inline constexpr int32 kMaxBatchAxes = 8;
 inline constexpr int64 kMaxHeadDim = 256;
+// Rows (columns) of a block over which the gradient of a bias is summed where the bias has one for all. The caller adds
+// up the blocks: BIAS_BLOCK of jax_flash/_attrs.py.
+inline constexpr int32 kBiasBlock = 64;
 
 // A strided operand. Strides are in elements; the stride of an axis that is broadcast is 0.
 struct View {
@@ -77,12 +80,19 @@ struct BwdProblem : Problem {
   View d_o, d_lse;  // cotangents
   View dq, dk, dv;
   View delta;  // [batch, head, row] float32: rowsum(dO * O) - dLSE
-  View dbias;  // float32, shaped as bias
-  int64 dbias_elements;
   // Scratch memory of the CUDA kernels, without meaning to the caller. Not zero when the call starts.
   View dq_accum;  // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh
   int64 dq_accum_elements;
   View tickets;  // [batch, head, row] int32, if deterministic: whose turn it is to add to the block that starts there
+};
+
+// The gradient of the bias: that of the scores, summed over the batch entries and heads that share the bias.
+struct DbiasProblem : Problem {
+  View lse, delta;  // as in BwdProblem
+  View d_o;
+  // [bias entry and head, row, col], see num_bias_entries; the first on `head`. Of the bias's dtype, or float32 if it
+  // has one row or column for all: then an element is the sum over kBiasBlock of them.
+  View dbias;
 };
 
 // How the copy engine of a GPU reads a tensor: the driver's CUtensorMap, whose contents are its own.
@@ -140,6 +150,30 @@ static inline int64 batch_offset(const Problem& p, const View& view, int64 batch
 
 static inline int64 offset_of(const Problem& p, const View& view, int64 batch, int64 head, int64 row, int64 col = 0) {
   return batch_offset(p, view, batch) + head * view.head_stride + row * view.row_stride + col * view.col_stride;
+}
+
+// How many batch entries, and heads, the bias tells apart. Others share it, as many for each.
+static inline int64 num_bias_entries(const Problem& p) {
+  int64 n = 1;
+  for (int32 a = 0; a < p.num_batch_axes; ++a) n *= p.bias.batch_stride[a] ? p.batch_dims[a] : 1;
+  return n;
+}
+static inline int64 num_bias_heads(const Problem& p) {
+  return p.bias.head_stride ? p.num_heads : 1;
+}
+
+// The batch entry that is number `sharer` of those that share entry `own` of the bias. In 32 bits, as divisions of 64
+// are slow on a GPU.
+static inline int64 entry_sharing_bias(const Problem& p, uint32 own, uint32 sharer) {
+  uint32 entry = 0, weight = 1;
+  for (int32 a = p.num_batch_axes - 1; a >= 0; --a) {
+    uint32& index = p.bias.batch_stride[a] ? own : sharer;
+    const uint32 size = uint32(p.batch_dims[a]);
+    entry += index % size * weight;
+    index /= size;
+    weight *= size;
+  }
+  return entry;
 }
 
 template <class T>

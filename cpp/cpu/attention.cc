@@ -1,12 +1,9 @@
 #include "cpu/attention.h"
 
-#include <map>
 #include <memory>
 #include <new>
-#include <set>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/plan.h"
@@ -18,6 +15,7 @@ struct Build {
   const char* name;
   const FwdKernel* fwd;
   const BwdKernel* bwd;
+  const DbiasKernel* dbias;
 };
 
 // Builds that this processor runs, the fastest first.
@@ -27,11 +25,11 @@ const std::vector<Build>& builds() {
 #ifdef FLASH_X86_BUILDS
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      found.push_back({"avx512", &avx512::fwd_kernel, &avx512::bwd_kernel});
+      found.push_back({"avx512", &avx512::fwd_kernel, &avx512::bwd_kernel, &avx512::dbias_kernel});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      found.push_back({"avx2", &avx2::fwd_kernel, &avx2::bwd_kernel});
+      found.push_back({"avx2", &avx2::fwd_kernel, &avx2::bwd_kernel, &avx2::dbias_kernel});
 #endif
-    found.push_back({"baseline", &baseline::fwd_kernel, &baseline::bwd_kernel});
+    found.push_back({"baseline", &baseline::fwd_kernel, &baseline::bwd_kernel, &baseline::dbias_kernel});
     return found;
   }();
   return all;
@@ -91,20 +89,11 @@ int64 choose_splits(int64 independent_units, int64 num_threads, int64 seqlen_kv)
   return clamp_to<int64>(wanted, 1, clamp_to<int64>(seqlen_kv / 256, 1, 8));
 }
 
-// Identifies the elements of dbias that a unit adds to: (batch part, head, split), -1 where the bias is broadcast.
-// Units that agree here must run one after the other; without dbias all differ.
-using DbiasPart = std::tuple<int64, int64, int64>;
-
-DbiasPart dbias_part(const BwdProblem& p, int64 sequence, int64 batch, int64 head_kv, int64 split) {
-  if (!p.dbias.data) return {sequence, head_kv, split};
-  return {batch_offset(p, p.dbias, batch), p.dbias.head_stride ? head_kv : -1, p.dbias.col_stride ? split : -1};
-}
-
 struct BwdJob {
   BwdProblem problem;
-  int64 splits = 1;                                  // of each sequence's keys
-  int64 max_unit_keys = 0;                           // in the longest split
-  std::vector<std::vector<BwdUnit>> units;           // each list runs in order on one thread
+  int64 splits = 1;         // of each sequence's keys
+  int64 max_unit_keys = 0;  // in the longest split
+  std::vector<BwdUnit> units;
   Floats dq_partials;                                // [splits, elements of dq], if splits > 1
   std::unique_ptr<std::atomic<int64>[]> unfinished;  // [sequence, kv head]: splits still running
 };
@@ -112,16 +101,11 @@ struct BwdJob {
 void make_units(const Plan& plan, int64 num_threads, BwdJob& job) {
   const BwdProblem& p = job.problem;
   const int64 sequences = int64(plan.sequences.size());
-  std::set<DbiasPart> independent;
-  for (int64 i = 0; i < sequences; ++i)
-    for (int64 head = 0; head < p.num_heads_kv; ++head)
-      independent.insert(dbias_part(p, i, plan.sequences[i].batch, head, 0));
-  job.splits = choose_splits(int64(independent.size()), num_threads, p.seqlen_kv);
+  job.splits = choose_splits(sequences * p.num_heads_kv, num_threads, p.seqlen_kv);
   const int64 dq_elements = num_batch_entries(p) * p.seqlen_q * p.num_heads * p.head_dim;
   if (job.splits > 1) job.dq_partials = allocate(job.splits * dq_elements);
   job.unfinished.reset(new std::atomic<int64>[sequences * p.num_heads_kv]);
 
-  std::map<DbiasPart, int64> list_of;
   for (int64 i = 0; i < sequences; ++i) {
     const Sequence& s = plan.sequences[i];
     const int64 split_keys = round_up(ceil_div(s.kv_len, job.splits), kBlockKv);
@@ -134,12 +118,8 @@ void make_units(const Plan& plan, int64 num_threads, BwdJob& job) {
           dq.data = job.dq_partials.get() + split * dq_elements;
           dq.dtype = DType::kF32;
         }
-        const BwdUnit unit = {
-            s,  head,       min_of(split * split_keys, s.kv_len),      min_of((split + 1) * split_keys, s.kv_len),
-            dq, split == 0, &job.unfinished[i * p.num_heads_kv + head]};
-        const auto [at, is_new] = list_of.try_emplace(dbias_part(p, i, s.batch, head, split), int64(job.units.size()));
-        if (is_new) job.units.emplace_back();
-        job.units[at->second].push_back(unit);
+        job.units.push_back({s, head, min_of(split * split_keys, s.kv_len), min_of((split + 1) * split_keys, s.kv_len),
+                             dq, split == 0, &job.unfinished[i * p.num_heads_kv + head]});
       }
     }
   }
@@ -194,19 +174,38 @@ void backward(const BwdProblem& problem, const Executor& executor) {
   fill_row_values(p, p.delta, 0.0f, plan.unused_q_rows);
   zero_rows(p, p.dk, p.num_heads_kv, p.head_dim, plan.unused_kv_rows);
   zero_rows(p, p.dv, p.num_heads_kv, p.head_dim_v, plan.unused_kv_rows);
-  if (p.dbias.data) __builtin_memset(p.dbias.data, 0, sizeof(float) * p.dbias_elements);
   make_units(plan, executor.num_threads, *job);
 
   parallel_for(executor, int64(job->units.size()), is_small(p), [job] {
     const BwdKernel& kernel = *build().bwd;
     std::shared_ptr<float[]> scratch = allocate(kernel.scratch_floats(job->problem, job->max_unit_keys));
     return [job, &kernel, scratch](int64 i) {
-      for (const BwdUnit& unit : job->units[i]) {
-        kernel.run(job->problem, unit, scratch.get());
-        // The last split of a head to end adds the partial dq up, in the order of the splits: always the same sum.
-        if (--*unit.unfinished == 0 && job->splits > 1)
-          kernel.sum_dq(job->problem, unit, job->dq_partials.get(), job->splits);
-      }
+      const BwdUnit& unit = job->units[i];
+      kernel.run(job->problem, unit, scratch.get());
+      // The last split of a head to end adds the partial dq up, in the order of the splits: always the same sum.
+      if (--*unit.unfinished == 0 && job->splits > 1)
+        kernel.sum_dq(job->problem, unit, job->dq_partials.get(), job->splits);
+    };
+  });
+}
+
+void bias_gradient(const DbiasProblem& problem, const Executor& executor) {
+  struct Job {
+    DbiasProblem problem;
+    std::vector<Sequence> sequences;  // one for each batch entry
+    std::vector<DbiasUnit> units;
+  };
+  auto job = std::make_shared<Job>(Job{problem, make_plan(problem).sequences, {}});
+  const DbiasProblem& p = job->problem;
+  for (int64 entry = 0; entry < num_bias_entries(p); ++entry)
+    for (int64 head = 0; head < num_bias_heads(p); ++head)
+      for (int64 q_begin = 0; q_begin < p.seqlen_q; q_begin += kBlockQ) job->units.push_back({entry, head, q_begin});
+
+  parallel_for(executor, int64(job->units.size()), is_small(p), [job] {
+    const DbiasKernel& kernel = *build().dbias;
+    std::shared_ptr<float[]> scratch = allocate(kernel.scratch_floats(job->problem));
+    return [job, &kernel, scratch](int64 i) {
+      kernel.run(job->problem, job->sequences.data(), job->units[i], scratch.get());
     };
   });
 }

@@ -1,4 +1,4 @@
-// Attention on the CPU: any FwdProblem or BwdProblem, on the threads of an Executor.
+// Attention on the CPU: any FwdProblem, BwdProblem or DbiasProblem, on the threads of an Executor.
 #pragma once
 
 #include <string>
@@ -9,9 +9,10 @@
 
 namespace flash::cpu {
 
-// Both copy the problem, return at once and report through executor.done.
+// All copy the problem, return at once and report through executor.done.
 void forward(const FwdProblem& problem, const Executor& executor);
 void backward(const BwdProblem& problem, const Executor& executor);
+void bias_gradient(const DbiasProblem& problem, const Executor& executor);
 
 // Instruction sets that this processor runs, the fastest first, which is the one in use: "avx512", "avx2", "baseline"
 // (SSE2 on x86-64, NEON on arm64).

@@ -5,6 +5,9 @@
 //
 // dLSE enters by delta alone, since dLSE/dS = P. dK and dV of the unit's keys stay in float32 in the thread's scratch
 // until all query heads of the group are summed.
+//
+// And the gradient of a bias: dS before the soft cap, formed again for a block of the bias at a time, so that its sums
+// over what shares the block stay in the thread's scratch too.
 #include "cpu/tile.h"
 
 namespace flash::cpu {
@@ -23,7 +26,7 @@ struct Tiles {
   float* row;           // [max(head_dim, head_dim_v)]
 };
 
-Tiles make_tiles(const BwdProblem& p, int64 unit_keys, Scratch& scratch) {
+Tiles make_tiles(const Problem& p, int64 unit_keys, Scratch& scratch) {
   const int64 dim = padded(p.head_dim), dim_v = padded(p.head_dim_v);
   Tiles t;
   t.k = scratch.take(unit_keys * dim);
@@ -49,9 +52,21 @@ void set_zero(float* x, int64 count) {
   for (int64 e = 0; e < count; ++e) x[e] = 0.0f;
 }
 
+// Of a row of dO that has been loaded; `row` is scratch.
+float delta_of(const BwdProblem& p, int64 batch, int64 head, int64 i, const float* d_o, float* row) {
+  load_row(p.o, offset_of(p, p.o, batch, head, i), p.head_dim_v, row);
+  float delta = -*pointer_to<float>(p, p.d_lse, batch, head, i);
+  for (int64 d = 0; d < p.head_dim_v; ++d) delta += row[d] * d_o[d];
+  return delta;
+}
+float delta_of(const DbiasProblem& p, int64 batch, int64 head, int64 i, const float*, float*) {
+  return *pointer_to<float>(p, p.delta, batch, head, i);
+}
+
 // The query side of a block: Q, dO (rows and transposed), LSE and delta. Rows that see no key and lanes past the last
 // row get P = 0, and Q = dO = 0 as well, for what stands there may be NaN.
-void load_query_side(const BwdProblem& p, const Sequence& s, int64 head, const QueryTile& q, Tiles& t) {
+template <class P>
+void load_query_side(const P& p, const Sequence& s, int64 head, const QueryTile& q, Tiles& t) {
   const int64 row = s.q_begin + q.begin, ldq = padded(p.head_dim), ldo = padded(p.head_dim_v);
   load_rows(p, p.q, s.batch, head, row, q.rows, p.head_dim, t.q);
   load_rows(p, p.d_o, s.batch, head, row, q.rows, p.head_dim_v, t.d_o);
@@ -64,18 +79,15 @@ void load_query_side(const BwdProblem& p, const Sequence& s, int64 head, const Q
       t.delta[i] = 0.0f;
       continue;
     }
-    load_row(p.o, offset_of(p, p.o, s.batch, head, row + i), p.head_dim_v, t.row);
-    float delta = -*pointer_to<float>(p, p.d_lse, s.batch, head, row + i);
-    for (int64 d = 0; d < p.head_dim_v; ++d) delta += t.row[d] * t.d_o[i * ldo + d];
     t.lse[i] = lse * kLog2e;
-    t.delta[i] = delta;
+    t.delta[i] = delta_of(p, s.batch, head, row + i, t.d_o + i * ldo, t.row);
   }
   transpose(t.q, q.rows, p.head_dim, p.options.scale * kLog2e, q.lanes, t.qt);
   transpose(t.d_o, q.rows, p.head_dim_v, 1.0f, q.lanes, t.d_ot);
 }
 
 // scores -> P as dV needs it (dropped and rescaled), dp -> dS before softcap and scale.
-void softmax_backward(const BwdProblem& p, const QueryTile& q, int64 keys, Tiles& t) {
+void softmax_backward(const Problem& p, const QueryTile& q, int64 keys, Tiles& t) {
   const bool dropout = p.dropout_stream.data;
   const VecF keep_scale = splat(dropout ? dropout_scale(p) : 1.0f);
   for (int64 j = 0; j < keys; ++j)
@@ -97,13 +109,6 @@ void softcap_backward(const QueryTile& q, int64 keys, Tiles& t) {
     const VecF ds = load(t.dp + e);
     store(t.dp + e, select(ds == VecF{}, VecF{}, ds * load(t.softcap_grad + e)));
   }
-}
-
-void add_dbias(const BwdProblem& p, const Sequence& s, int64 head, const QueryTile& q, int64 key, int64 keys,
-               const float* ds) {
-  float* dbias = pointer_to<float>(p, p.dbias, s.batch, head, s.q_begin + q.begin, key);
-  for (int64 i = 0; i < q.rows; ++i)
-    for (int64 j = 0; j < keys; ++j) dbias[i * p.dbias.row_stride + j * p.dbias.col_stride] += ds[j * q.lanes + i];
 }
 
 void bwd(const BwdProblem& p, const BwdUnit& unit, float* memory) {
@@ -136,7 +141,6 @@ void bwd(const BwdProblem& p, const BwdUnit& unit, float* memory) {
         gemm<false>(keys, q.lanes, p.head_dim_v, v, ldv, t.d_ot, q.lanes, t.dp, q.lanes, false);
         if (p.dropout_stream.data) dropout_tile(p, s, head, q, key, keys, t.keep);
         softmax_backward(p, q, keys, t);
-        if (p.dbias.data) add_dbias(p, s, head, q, key, keys, t.dp);
         if (p.options.softcap != 0.0f) softcap_backward(q, keys, t);
         gemm<false>(keys, ldv, q.lanes, t.scores, q.lanes, t.d_o, ldv, t.dv + at * ldv, ldv, true);
         gemm<false>(keys, ldk, q.lanes, t.dp, q.lanes, t.q, ldk, t.dk + at * ldk, ldk, true);
@@ -182,8 +186,77 @@ int64 bwd_scratch(const BwdProblem& p, int64 max_unit_keys) {
   return scratch.used;
 }
 
+// Adds dS of one head and its block of queries to sums [kBlockQ, seqlen_kv].
+void add_dbias(const DbiasProblem& p, const Sequence& s, int64 head, int64 q_begin, Tiles& t, float* sums) {
+  const QueryTile q = make_query_tile(p, s, head, q_begin);
+  load_query_side(p, s, head, q, t);
+  const int64 head_kv = head / (p.num_heads / p.num_heads_kv), ldv = padded(p.head_dim_v);
+  for (int64 key = q.keys.begin / kBlockKv * kBlockKv; key < q.keys.end; key += kBlockKv) {
+    const int64 keys = min_of<int64>(kBlockKv, q.keys.end - key);
+    const BlockKind kind = classify_tile(p, s, head, q, key, keys);
+    if (kind == BlockKind::kNone) continue;
+    load_kv_rows(p, p.k, s, head_kv, key, keys, p.head_dim, t.k);
+    load_kv_rows(p, p.v, s, head_kv, key, keys, p.head_dim_v, t.v);
+    score_tile(p, s, head, q, t.qt, t.k, key, keys, kind, t.scores);
+    gemm<false>(keys, q.lanes, p.head_dim_v, t.v, ldv, t.d_ot, q.lanes, t.dp, q.lanes, false);
+    if (p.dropout_stream.data) dropout_tile(p, s, head, q, key, keys, t.keep);
+    softmax_backward(p, q, keys, t);
+    for (int64 i = 0; i < q.rows; ++i) {
+      if (t.lse[i] == __builtin_inff()) continue;  // sees no key
+      float* row = sums + i * p.seqlen_kv + key;
+      for (int64 j = 0; j < keys; ++j) row[j] += t.dp[j * q.lanes + i];
+    }
+  }
+}
+
+// Sums over blocks of `count` elements, in place; how many there are.
+int64 sum_blocks(float* row, int64 count) {
+  for (int64 begin = 0; begin < count; begin += kBiasBlock) {
+    float sum = 0.0f;
+    for (int64 j = begin; j < min_of(begin + kBiasBlock, count); ++j) sum += row[j];
+    row[begin / kBiasBlock] = sum;
+  }
+  return ceil_div(count, kBiasBlock);
+}
+
+void dbias(const DbiasProblem& p, const Sequence* of_entry, const DbiasUnit& unit, float* memory) {
+  static_assert(kBlockQ == kBiasBlock);
+  Scratch scratch{memory};
+  Tiles t = make_tiles(p, kBlockKv, scratch);
+  float* sums = scratch.take(kBlockQ * p.seqlen_kv);
+  set_zero(sums, kBlockQ * p.seqlen_kv);
+
+  const int64 entries = num_batch_entries(p) / num_bias_entries(p), heads = p.num_heads / num_bias_heads(p);
+  for (int64 sharer = 0; sharer < entries; ++sharer) {
+    const Sequence& s = of_entry[entry_sharing_bias(p, uint32(unit.entry), uint32(sharer))];
+    for (int64 head = unit.head; head < unit.head + heads && unit.q_begin < s.q_len; ++head)
+      add_dbias(p, s, head, unit.q_begin, t, sums);
+  }
+
+  int64 rows = min_of(kBlockQ, p.seqlen_q - unit.q_begin), cols = p.seqlen_kv, row = unit.q_begin;
+  if (!p.bias.row_stride) {
+    for (int64 i = 1; i < rows; ++i)
+      for (int64 j = 0; j < cols; ++j) sums[j] += sums[i * cols + j];
+    rows = 1, row /= kBiasBlock;
+  }
+  for (int64 i = 0; i < rows; ++i) {
+    float* values = sums + i * p.seqlen_kv;
+    if (!p.bias.col_stride) cols = sum_blocks(values, p.seqlen_kv);
+    const int64 entry_head = unit.entry * num_bias_heads(p) + unit.head;
+    store_row(p.dbias, entry_head * p.dbias.head_stride + (row + i) * p.dbias.row_stride, cols, values);
+  }
+}
+
+int64 dbias_scratch(const DbiasProblem& p) {
+  Scratch scratch{nullptr};
+  make_tiles(p, kBlockKv, scratch);
+  scratch.take(kBlockQ * p.seqlen_kv);
+  return scratch.used;
+}
+
 }  // namespace
 
 const BwdKernel FLASH_ISA::bwd_kernel = {bwd_scratch, bwd, sum_dq};
+const DbiasKernel FLASH_ISA::dbias_kernel = {dbias_scratch, dbias};
 
 }  // namespace flash::cpu

@@ -42,6 +42,12 @@ struct BwdUnit {
   std::atomic<int64>* unfinished;  // splits of the same sequence and kv head that are still running
 };
 
+// One block of queries of the bias, over all keys and over all sequences and heads that share this part of it.
+struct DbiasUnit {
+  int64 entry, head;  // see num_bias_entries
+  int64 q_begin;      // a multiple of kBlockQ
+};
+
 struct FwdKernel {
   int64 (*scratch_floats)(const FwdProblem&);  // what one thread needs
   void (*run)(const FwdProblem&, const FwdUnit&, float* scratch);
@@ -54,18 +60,26 @@ struct BwdKernel {
   void (*sum_dq)(const BwdProblem&, const BwdUnit&, const float* partials, int64 splits);
 };
 
+struct DbiasKernel {
+  int64 (*scratch_floats)(const DbiasProblem&);
+  void (*run)(const DbiasProblem&, const Sequence* of_entry, const DbiasUnit&, float* scratch);
+};
+
 // One namespace per build; which of them exist depends on the architecture (CMakeLists.txt).
 namespace baseline {
 extern const FwdKernel fwd_kernel;
 extern const BwdKernel bwd_kernel;
+extern const DbiasKernel dbias_kernel;
 }  // namespace baseline
 namespace avx2 {
 extern const FwdKernel fwd_kernel;
 extern const BwdKernel bwd_kernel;
+extern const DbiasKernel dbias_kernel;
 }  // namespace avx2
 namespace avx512 {
 extern const FwdKernel fwd_kernel;
 extern const BwdKernel bwd_kernel;
+extern const DbiasKernel dbias_kernel;
 }  // namespace avx512
 
 }  // namespace flash::cpu

@@ -65,9 +65,17 @@ BwdProblem with_few_batch_axes(const BwdProblem& problem) {
                   &P::dk,
                   &P::dv,
                   &P::delta,
-                  &P::dbias,
                   &P::dq_accum,
                   &P::tickets});
+  return p;
+}
+
+// Of dbias, whose entries are numbered in the order of the bias's, there is nothing to join.
+DbiasProblem with_few_batch_axes(const DbiasProblem& problem) {
+  using P = DbiasProblem;
+  P p = problem;
+  collapse<P>(p, {&P::q, &P::k, &P::v, &P::bias, &P::mask, &P::alibi_slopes, &P::q_lens, &P::kv_lens, &P::q_segment_ids,
+                  &P::kv_segment_ids, &P::dropout_stream, &P::lse, &P::delta, &P::d_o});
   return p;
 }
 

@@ -7,5 +7,6 @@ namespace flash::cuda {
 
 FwdProblem with_few_batch_axes(const FwdProblem& problem);
 BwdProblem with_few_batch_axes(const BwdProblem& problem);
+DbiasProblem with_few_batch_axes(const DbiasProblem& problem);
 
 }  // namespace flash::cuda

@@ -10,7 +10,7 @@ namespace {
 using Fields = std::map<std::string, int32>;
 std::atomic<const Fields*> overridden = new Fields;
 
-KernelConfig facts_of_both(const Problem& p, Direction direction) {
+KernelConfig facts_of_all(const Problem& p, Direction direction) {
   // Two keys of a row of a bias or mask lie side by side, and always on an even place.
   auto paired = [&](const View& view) { return !view.data || (view.col_stride == 1 && p.seqlen_kv % 2 == 0); };
   KernelConfig c = {};
@@ -49,11 +49,11 @@ struct Tiling {
   bool ping_pong = false;
 };
 
-// What Hopper's kernels cannot do: rows that the copy engine cannot address, keys that lie on pages, batch axes that it
-// cannot take as one. And what is a testing aid.
+// What Hopper's kernels cannot do: the gradient of a bias; rows that the copy engine cannot address, keys that lie on
+// pages, batch axes that it cannot take as one. And what is a testing aid.
 bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
-  return arch.sm == 90 && c.aligned && c.head_dim > 0 && c.head_dim_v > 0 && !c.paged && !c.return_softmax &&
-         c.num_batch_axes == 1;
+  return arch.sm == 90 && c.direction != Direction::kDbias && c.aligned && c.head_dim > 0 && c.head_dim_v > 0 &&
+         !c.paged && !c.return_softmax && c.num_batch_axes == 1;
 }
 
 // Registers bound the tiles: two warpgroups have 232 per thread, for 64 rows of O and of scores and for the weights.
@@ -102,19 +102,43 @@ Tiling bwd_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return small ? Tiling{64, 64, 4, 2, 1, 1} : Tiling{64, 128, 8, 2, 2, 1};
 }
 
+// A warp has 32 keys, and three accumulators: S^T, dP^T and the sums. With 64 queries, for which each operand is
+// fetched half as often, they leave registers for little else than a bias that comes through shared memory.
+Tiling dbias_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
+  const bool small = arch.max_shared_bytes < 160 * 1024;  // see bwd_tiling
+  if (head_dim > 128) return {64, 64, 4, 2, small ? 1 : 2, 1};
+  if (small && head_dim > 64) return {64, 64, 4, 2, 2, 1};
+  if (is_crowded(c) || !c.bias_tiled) return {64, 128, 8, 2, 2, 1};
+  return {128, 128, 8, 2, 2, 1};
+}
+
+Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
+  const bool hopper = c.family == Family::kSm90;
+  switch (c.direction) {
+    case Direction::kFwd: return hopper ? hopper_fwd_tiling(c, head_dim) : fwd_tiling(c, head_dim);
+    case Direction::kBwd: return hopper ? hopper_bwd_tiling(head_dim) : bwd_tiling(c, head_dim, arch);
+    case Direction::kDbias: break;
+  }
+  return dbias_tiling(c, head_dim, arch);
+}
+
 }  // namespace
 
 KernelConfig facts_of(const FwdProblem& problem) {
-  KernelConfig c = facts_of_both(problem, Direction::kFwd);
+  KernelConfig c = facts_of_all(problem, Direction::kFwd);
   c.return_softmax = problem.options.return_softmax;
   c.long_queries = problem.max_seqlen_q >= 2048;
   return c;
 }
 
 KernelConfig facts_of(const BwdProblem& problem) {
-  KernelConfig c = facts_of_both(problem, Direction::kBwd);
+  KernelConfig c = facts_of_all(problem, Direction::kBwd);
   c.deterministic = problem.tickets.data;
   return c;
+}
+
+KernelConfig facts_of(const DbiasProblem& problem) {
+  return facts_of_all(problem, Direction::kDbias);
 }
 
 KernelConfig configure(KernelConfig facts, const Arch& arch) {
@@ -126,12 +150,9 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   const auto family = fields.find("family");
   const bool portable = family != fields.end() && Family(family->second) == Family::kSm80;
   if (is_for_hopper(c, arch) && !portable) c.family = Family::kSm90;
-  const int32 larger = max_of(facts.head_dim, facts.head_dim_v);
-  const bool fwd = c.direction == Direction::kFwd, hopper = c.family == Family::kSm90;
-  const Tiling t = fwd ? (hopper ? hopper_fwd_tiling(c, larger) : fwd_tiling(c, larger))
-                       : (hopper ? hopper_bwd_tiling(larger) : bwd_tiling(c, larger, arch));
+  const Tiling t = tiling(c, max_of(facts.head_dim, facts.head_dim_v), arch);
   // Each of warps_d warps has blocks of 16 columns. In Hopper's backward a warpgroup has whole panels.
-  const int32 unit = t.warps_d > 2 || (hopper && !fwd) ? 64 : 32;
+  const int32 unit = t.warps_d > 2 || (c.family == Family::kSm90 && c.direction == Direction::kBwd) ? 64 : 32;
   c.head_dim = tiled_head_dim(facts.head_dim, unit);
   c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit);
   c.exact = c.head_dim == facts.head_dim && c.head_dim_v == facts.head_dim_v;

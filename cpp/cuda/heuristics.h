@@ -13,6 +13,7 @@ namespace flash::cuda {
 // The facts of a problem that select code; head dims are the real ones, tile sizes are 0.
 KernelConfig facts_of(const FwdProblem& problem);
 KernelConfig facts_of(const BwdProblem& problem);
+KernelConfig facts_of(const DbiasProblem& problem);
 
 // Rounds the head dims up to tiles and fills in the tile sizes for an architecture. Throws Error (unimplemented) where
 // there is no kernel, as for float32.

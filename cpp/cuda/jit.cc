@@ -1,6 +1,7 @@
 #include "cuda/jit.h"
 
 #include <atomic>
+#include <cctype>
 #include <chrono>
 #include <cstdio>
 #include <memory>
@@ -24,13 +25,20 @@ std::string literal(int32 x) {
   return std::to_string(x);
 }
 std::string literal(Direction x) {
-  return x == Direction::kFwd ? "flash::Direction::kFwd" : "flash::Direction::kBwd";
+  return x == Direction::kFwd   ? "flash::Direction::kFwd"
+         : x == Direction::kBwd ? "flash::Direction::kBwd"
+                                : "flash::Direction::kDbias";
 }
 std::string literal(Family x) {
   return x == Family::kSm80 ? "flash::Family::kSm80" : "flash::Family::kSm90";
 }
 std::string literal(DType x) {
   return x == DType::kBF16 ? "flash::DType::kBF16" : x == DType::kF16 ? "flash::DType::kF16" : "flash::DType::kF32";
+}
+
+// As in names of files and entry points.
+std::string name_of(Direction direction) {
+  return direction == Direction::kFwd ? "fwd" : direction == Direction::kBwd ? "bwd" : "dbias";
 }
 
 std::string entry_point(const std::string& name, const std::string& bounds, const std::string& problem,
@@ -42,8 +50,8 @@ std::string entry_point(const std::string& name, const std::string& bounds, cons
 // For people: messages and file names.
 std::string title_of(const KernelConfig& config, const Arch& arch) {
   const char* dtype = config.dtype == DType::kBF16 ? "bf16" : config.dtype == DType::kF16 ? "f16" : "f32";
-  return std::string(config.direction == Direction::kFwd ? "fwd_" : "bwd_") + dtype + "_" +
-         std::to_string(config.head_dim) + "x" + std::to_string(config.head_dim_v) + "_" + name_of(arch);
+  return name_of(config.direction) + "_" + dtype + "_" + std::to_string(config.head_dim) + "x" +
+         std::to_string(config.head_dim_v) + "_" + name_of(arch);
 }
 
 struct Cubin {
@@ -189,22 +197,24 @@ const Cubin& cubin_of(const KernelConfig& config, const Arch& arch) {
 }  // namespace
 
 std::string source_of(const KernelConfig& config) {
-  const bool fwd = config.direction == Direction::kFwd, hopper = config.family == Family::kSm90;
-  const std::string family = hopper ? "sm90" : "sm80";
-  std::string text = fwd ? "#include \"kernels/" + family + "/fwd.cuh\"\n"
-                         : "#include \"kernels/bwd_postprocess.cuh\"\n#include \"kernels/bwd_preprocess.cuh\"\n"
-                           "#include \"kernels/" +
-                               family + "/bwd.cuh\"\n";
+  const bool backward = config.direction == Direction::kBwd, hopper = config.family == Family::kSm90;
+  const std::string family = hopper ? "sm90" : "sm80", direction = name_of(config.direction);
+  std::string text;
+  if (backward) text += "#include \"kernels/bwd_postprocess.cuh\"\n#include \"kernels/bwd_preprocess.cuh\"\n";
+  text += "#include \"kernels/" + family + "/" + direction + ".cuh\"\n";
   text += "\nconstexpr flash::KernelConfig kConfig{\n";
   for_each_field(config, [&](const char* name, auto value) {
     text += std::string("    .") + name + " = " + literal(value) + ",\n";
   });
   text += "};\n";
-  const std::string bounds = "flash::num_threads(kConfig), kConfig.min_blocks";
   const std::vector<std::string> names = entry_points(config.direction);
-  if (fwd) return text + entry_point(names[0], bounds, hopper ? "HopperFwdProblem" : "FwdProblem", family + "::fwd");
-  return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") +
-         entry_point(names[1], bounds, hopper ? "HopperBwdProblem" : "BwdProblem", family + "::bwd") +
+  std::string problem = direction + "Problem";
+  problem[0] = char(std::toupper(problem[0]));
+  const std::string main =
+      entry_point(names[main_entry(config.direction)], "flash::num_threads(kConfig), kConfig.min_blocks",
+                  (hopper ? "Hopper" : "") + problem, family + "::" + direction);
+  if (!backward) return text + main;
+  return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") + main +
          entry_point(names[2], "flash::kRowKernelThreads", "BwdProblem", "bwd_postprocess");
 }
 
@@ -215,8 +225,8 @@ const std::vector<std::string>& compile_options() {
 }
 
 std::vector<std::string> entry_points(Direction direction) {
-  if (direction == Direction::kFwd) return {"jax_flash_fwd"};
-  return {"jax_flash_bwd_preprocess", "jax_flash_bwd", "jax_flash_bwd_postprocess"};
+  if (direction == Direction::kBwd) return {"jax_flash_bwd_preprocess", "jax_flash_bwd", "jax_flash_bwd_postprocess"};
+  return {"jax_flash_" + name_of(direction)};
 }
 
 void compile(const KernelConfig& config, const Arch& arch) {

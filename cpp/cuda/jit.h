@@ -21,7 +21,7 @@ const std::vector<std::string>& compile_options();
 std::vector<std::string> entry_points(Direction direction);
 inline constexpr int32 kMaxEntries = 3;
 constexpr int32 main_entry(Direction direction) {
-  return direction == Direction::kFwd ? 0 : 1;
+  return direction == Direction::kBwd ? 1 : 0;
 }
 
 // The entry points of one config, loaded on one device.

@@ -41,7 +41,6 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   const int64 entries = num_batch_entries(p), rows = entries * p.seqlen_q * p.num_heads;
   set_zero(p.dq_accum.data, 4 * p.dq_accum_elements, stream);
   if (p.tickets.data) set_zero(p.tickets.data, 4 * rows, stream);
-  if (p.dbias.data) set_zero(p.dbias.data, 4 * p.dbias_elements, stream);
   launch(kernels.entry[0], ceil_div(rows, kRowKernelRows), kRowKernelThreads, 0, stream, &p);
   int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
   if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;

@@ -22,7 +22,7 @@ struct Attrs {
   int32_t num_splits;  // 0: chosen by the implementation
 };
 
-// The operands of both calls in the order in which they are passed: OPERANDS of _attrs.py.
+// The operands of all calls in the order in which they are passed: OPERANDS of _attrs.py.
 enum class Operand : int32_t {
   kQuery,
   kKey,
@@ -43,6 +43,7 @@ enum class Operand : int32_t {
   kLse,
   kDOut,
   kDLse,
+  kDelta,
   kCount
 };
 

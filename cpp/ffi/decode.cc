@@ -6,6 +6,7 @@
 #include <iterator>
 #include <limits>
 #include <string>
+#include <vector>
 
 namespace flash::ffi {
 namespace {
@@ -28,8 +29,17 @@ constexpr const char* kOperandNames[] = {"query",
                                          "out",
                                          "lse",
                                          "d_out",
-                                         "d_lse"};
+                                         "d_lse",
+                                         "delta"};
 static_assert(std::size(kOperandNames) == size_t(Operand::kCount));
+
+constexpr auto kF32 = xf::DataType::F32;
+constexpr auto kS32 = xf::DataType::S32;
+constexpr auto kU32 = xf::DataType::U32;
+
+xf::DataType data_type(DType dtype) {
+  return dtype == DType::kBF16 ? xf::DataType::BF16 : dtype == DType::kF16 ? xf::DataType::F16 : kF32;
+}
 
 // An axis of an operand behind its batch axes: its meaning, its size, and whether size 1 stands for all.
 struct Axis {
@@ -92,16 +102,24 @@ class Decoder {
     return view;
   }
 
-  // A float32 result of the same shape as an operand, given by its View and dims.
-  View like(size_t index, const char* name, const View& operand, xf::Span<const int64_t> dims) {
-    View view = operand;
-    view.dtype = DType::kF32;
+  // A result with the axes of `operand` but for the last two, which are `rows` and `cols`. Those in front are taken as
+  // one, on `head`.
+  View result_like(size_t index, const char* name, Operand operand, int64 rows, int64 cols, DType dtype) {
+    View view = {};
+    if (!ok()) return view;
     auto buffer = rets_.get<xf::AnyBuffer>(index);
-    if (!buffer.has_value() || (*buffer)->element_type() != xf::DataType::F32 ||
-        !std::equal(dims.begin(), dims.end(), (*buffer)->dimensions().begin(), (*buffer)->dimensions().end()))
-      fail(name, "must be a float32 result of the operand's shape");
-    else
-      view.data = (*buffer)->untyped_data() ? (*buffer)->untyped_data() : &view_of_nothing_;
+    std::vector<int64_t> expected(dims(operand).begin(), dims(operand).end());
+    expected.end()[-2] = rows, expected.end()[-1] = cols;
+    if (!buffer.has_value() || (*buffer)->element_type() != data_type(dtype) ||
+        !std::equal(expected.begin(), expected.end(), (*buffer)->dimensions().begin(), (*buffer)->dimensions().end())) {
+      fail(name, std::string("is not the result that follows from ") + kOperandNames[int32(operand)]);
+      return view;
+    }
+    view.data = address_of(**buffer);
+    view.dtype = dtype;
+    view.head_stride = rows * cols;
+    view.row_stride = cols;
+    view.col_stride = 1;
     return view;
   }
 
@@ -138,9 +156,12 @@ class Decoder {
       view.batch_stride[axis] = broadcast ? 0 : stride;
       stride *= size;
     }
-    view.data = buffer.untyped_data();
-    // Present but empty: some non-null address that is never read, as null means absent.
-    if (!view.data) view.data = &view_of_nothing_;
+    view.data = address_of(buffer);
+  }
+
+  // Of a buffer that is present but empty some non-null address that is never read, as null means absent.
+  static void* address_of(const xf::AnyBuffer& buffer) {
+    return buffer.untyped_data() ? buffer.untyped_data() : &view_of_nothing_;
   }
 
   static std::string mismatch(size_t axis, int64 size, int64 expected) {
@@ -156,14 +177,6 @@ class Decoder {
   const Problem* problem_ = nullptr;
   std::string error_;
 };
-
-constexpr auto kF32 = xf::DataType::F32;
-constexpr auto kS32 = xf::DataType::S32;
-constexpr auto kU32 = xf::DataType::U32;
-
-xf::DataType data_type(DType dtype) {
-  return dtype == DType::kBF16 ? xf::DataType::BF16 : dtype == DType::kF16 ? xf::DataType::F16 : kF32;
-}
 
 void decode_common(const Attrs& attrs, Decoder& d, Problem& p) {
   p.options = {attrs.scale,        attrs.logits_soft_cap, attrs.window_left,   attrs.window_right,
@@ -294,17 +307,36 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
     p.dk = d.result(1, "dk", {kv_row, kv_head, dim}, dtype);
     p.dv = d.result(2, "dv", {kv_row, kv_head, dim_v}, dtype);
     p.delta = d.result(3, "delta", {head, row}, kF32);
-    if (d.ok() && p.bias.data) {
-      p.dbias = d.like(4, "dbias", p.bias, d.dims(Operand::kBias));
-      p.dbias_elements = 1;
-      for (int64 size : d.dims(Operand::kBias)) p.dbias_elements *= size;
-    }
-    const size_t scratch = p.bias.data ? 5 : 4;
     const int64 accum_blocks = p.seqlen_q / 16 + p.num_sequences, accum_floats = 16 * round_up(p.head_dim, 8);
-    p.dq_accum = d.result(scratch, "dq_accum",
-                          {head, {&View::row_stride, accum_blocks}, {&View::col_stride, accum_floats}}, kF32);
+    p.dq_accum =
+        d.result(4, "dq_accum", {head, {&View::row_stride, accum_blocks}, {&View::col_stride, accum_floats}}, kF32);
     p.dq_accum_elements = num_batch_entries(p) * p.num_heads * accum_blocks * accum_floats;
-    if (attrs.deterministic) p.tickets = d.result(scratch + 1, "tickets", {head, row}, kS32);
+    if (attrs.deterministic) p.tickets = d.result(5, "tickets", {head, row}, kS32);
+  }
+  if (!d.ok()) return xf::Unexpected(d.error());
+  return p;
+}
+
+xf::ErrorOr<DbiasProblem> decode_dbias(const Attrs& attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
+  DbiasProblem p = {};
+  Decoder d(attrs, args, rets);
+  if (d.ok()) decode_common(attrs, d, p);
+  for (Operand operand : {Operand::kCuSeqlensQ, Operand::kPageTable})
+    if (d.ok() && d.has(operand)) d.fail(kOperandNames[int32(operand)], "has no bias gradient");
+  if (d.ok()) {
+    const Axis row = {&View::row_stride, p.seqlen_q}, head = {&View::head_stride, p.num_heads};
+    for (Operand operand : {Operand::kBias, Operand::kLse, Operand::kDOut, Operand::kDelta})
+      if (!d.has(operand)) d.fail(kOperandNames[int32(operand)], "is missing");
+    p.lse = d.operand(Operand::kLse, {head, row}, {kF32});
+    p.d_o = d.operand(Operand::kDOut, {row, head, {&View::col_stride, p.head_dim_v}}, {data_type(p.dtype)});
+    p.delta = d.operand(Operand::kDelta, {head, row}, {kF32});
+    if (d.ok()) {
+      const auto dims = d.dims(Operand::kBias);
+      const bool one_row = dims[dims.size() - 2] == 1, one_col = dims[dims.size() - 1] == 1;
+      p.dbias = d.result_like(0, "dbias", Operand::kBias, one_row ? ceil_div(p.seqlen_q, kBiasBlock) : p.seqlen_q,
+                              one_col ? ceil_div(p.seqlen_kv, kBiasBlock) : p.seqlen_kv,
+                              one_row || one_col ? DType::kF32 : p.bias.dtype);
+    }
   }
   if (!d.ok()) return xf::Unexpected(d.error());
   return p;

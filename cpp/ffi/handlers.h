@@ -5,6 +5,7 @@
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_fwd_cpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_bwd_cpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_dbias_cpu);
 
 // One for each stage of XLA's.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_fwd_cuda_instantiate);
@@ -13,3 +14,6 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_fwd_cuda_execute);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_bwd_cuda_instantiate);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_bwd_cuda_initialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_bwd_cuda_execute);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_dbias_cuda_instantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_dbias_cuda_initialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_flash_dbias_cuda_execute);

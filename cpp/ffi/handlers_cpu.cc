@@ -1,5 +1,5 @@
-// The custom calls "jax_flash_fwd" and "jax_flash_bwd" on the CPU. They return a future at once: the work runs on XLA's
-// own thread pool, on which the handler itself runs too, so waiting for it here could dead-lock.
+// The custom calls "jax_flash_fwd", "jax_flash_bwd" and "jax_flash_dbias" on the CPU. They return a future at once: the
+// work runs on XLA's own thread pool, on which the handler itself runs too, so waiting for it here could dead-lock.
 #include <new>
 #include <string>
 
@@ -48,6 +48,10 @@ xf::Future bwd(xf::ThreadPool pool, Attrs attrs, xf::RemainingArgs args, xf::Rem
   return run(decode_bwd(attrs, args, rets), cpu::backward, pool);
 }
 
+xf::Future dbias(xf::ThreadPool pool, Attrs attrs, xf::RemainingArgs args, xf::RemainingRets rets) {
+  return run(decode_dbias(attrs, args, rets), cpu::bias_gradient, pool);
+}
+
 }  // namespace
 }  // namespace flash::ffi
 
@@ -56,4 +60,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().Attrs<flash::ffi::Attrs>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jax_flash_bwd_cpu, flash::ffi::bwd,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().Attrs<flash::ffi::Attrs>().RemainingArgs().RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_flash_dbias_cpu, flash::ffi::dbias,
     xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().Attrs<flash::ffi::Attrs>().RemainingArgs().RemainingRets());

@@ -1,4 +1,4 @@
-// The custom calls "jax_flash_fwd" and "jax_flash_bwd" on NVIDIA GPUs, in three stages.
+// The custom calls "jax_flash_fwd", "jax_flash_bwd" and "jax_flash_dbias" on NVIDIA GPUs, in three stages.
 //
 // - instantiate, when XLA compiles: reports what is not supported and compiles the kernels. XLA skips it where an
 //   executable comes from a cache, so that nothing may rely on it.
@@ -87,11 +87,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_fwd_cuda_instantiate, flash::ffi::instan
                               flash::ffi::bind_instantiate());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_bwd_cuda_instantiate, flash::ffi::instantiate<flash::ffi::decode_bwd>,
                               flash::ffi::bind_instantiate());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_dbias_cuda_instantiate, flash::ffi::instantiate<flash::ffi::decode_dbias>,
+                              flash::ffi::bind_instantiate());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_fwd_cuda_initialize, flash::ffi::initialize<flash::ffi::decode_fwd>,
                               flash::ffi::bind_initialize());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_bwd_cuda_initialize, flash::ffi::initialize<flash::ffi::decode_bwd>,
                               flash::ffi::bind_initialize());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_dbias_cuda_initialize, flash::ffi::initialize<flash::ffi::decode_dbias>,
+                              flash::ffi::bind_initialize());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_fwd_cuda_execute, flash::ffi::execute<flash::ffi::decode_fwd>,
                               flash::ffi::bind_execute(), {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_bwd_cuda_execute, flash::ffi::execute<flash::ffi::decode_bwd>,
+                              flash::ffi::bind_execute(), {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flash_dbias_cuda_execute, flash::ffi::execute<flash::ffi::decode_dbias>,
                               flash::ffi::bind_execute(), {xla::ffi::Traits::kCmdBufferCompatible});

@@ -38,7 +38,7 @@ std::string harness_of(const std::string& source) {
   const std::string family = source.find("kernels/sm90/") != source.npos ? "sm90" : "sm80";
   std::string text = "\nnamespace flash::" + family +
                      " {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
-  for (const Direction direction : {Direction::kFwd, Direction::kBwd})
+  for (const Direction direction : {Direction::kFwd, Direction::kBwd, Direction::kDbias})
     for (const std::string& name : entry_points(direction))
       if (source.find(name + "(const") != source.npos)
         text +=
@@ -241,6 +241,7 @@ auto binding() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_fwd, flash::ffi::execute<flash::ffi::decode_fwd>, flash::ffi::binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_bwd, flash::ffi::execute<flash::ffi::decode_bwd>, flash::ffi::binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_dbias, flash::ffi::execute<flash::ffi::decode_dbias>, flash::ffi::binding());
 
 extern "C" void emulate_family(int family) {
   flash::cuda::override_config({{"family", family}});

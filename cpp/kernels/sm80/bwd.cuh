@@ -178,9 +178,7 @@ struct BwdBlock {
         const float2 lse = pair_of(Storage::kLse, n);
         return float2{lse_in_log2(lse.x), lse_in_log2(lse.y)};
       });
-      gradient.scores(
-          ds, s, p, [&](int32 n) { return pair_of(Storage::kDelta, n); },
-          [&](const auto& ds) { add_to_dbias<kC>(p, seq, head, ds, kv_row + key_row, q_row + query_col); });
+      gradient.scores(ds, s, p, [&](int32 n) { return pair_of(Storage::kDelta, n); });
       gradient.drop(s);
 
       auto one = [](int32, int32) { return 1.0f; };

@@ -371,9 +371,7 @@ struct Bwd {
           TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
           wait_gemm<0>(ds);
         }
-        gradient.scores(
-            ds, s, p, [&](int32 i) { return pair_of(Storage::kDelta, i); },
-            [&](const auto& x) { add_to_dbias<kC>(p, seq, head, x, key, query); });
+        gradient.scores(ds, s, p, [&](int32 i) { return pair_of(Storage::kDelta, i); });
         pack<kDType>(dscores, ds);
         TileWriter<S>(base, ds_tile, warp_key, query_col).store(dscores);
         ptx::fence_proxy_async();

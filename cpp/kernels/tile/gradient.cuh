@@ -1,5 +1,5 @@
 // The backward's arithmetic on a tile of S^T and dP^T (rows are keys): weights from scores, then the gradient of the
-// scores; the bias gradient; and the turns in which thread blocks add to dq.
+// scores; and the turns in which thread blocks add to dq.
 #pragma once
 
 #include "common/config.h"
@@ -21,7 +21,7 @@ class TileGradient {
   // Raw products become weights, before dropout. The tile starts at (key, query) of the sequence; lse(n) is the pair of
   // columns 8 n + 2 (lane % 4) of the tile's lse_in_log2. masked: the positional mask may hide some of it.
   template <class BiasReader, class Lse>
-  __forceinline__ void weights(Accumulator<kM, kN>& s, const BwdProblem& p, const ScoreInputs<kC>& in, bool masked,
+  __forceinline__ void weights(Accumulator<kM, kN>& s, const Problem& p, const ScoreInputs<kC>& in, bool masked,
                                int32 key, int32 query, const BiasReader& bias, Lse lse) {
     if constexpr (kC.dropout)
       for_each_dropout_bit<true, kM, kN>(
@@ -52,11 +52,10 @@ class TileGradient {
     }
   }
 
-  // dP^T becomes the gradient of the raw products, without the scale; on_bias(ds) is told that of the bias. delta(n) is
-  // like lse(n).
-  template <class Delta, class OnBias>
-  __forceinline__ void scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const BwdProblem& p,
-                              Delta delta, OnBias on_bias) const {
+  // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias. delta(n) is like lse(n).
+  template <class Delta>
+  __forceinline__ void capped_scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
+                                     Delta delta) const {
     const float dropout_scale = 256.0f / float(p.options.keep_threshold);
 #pragma unroll
     for (int32 n = 0; n < kN / 8; ++n) {
@@ -71,7 +70,13 @@ class TileGradient {
           ds.x[m][n][e] = weights.x[m][n][e] * (d_weight - shift[e % 2]);
         }
     }
-    if constexpr (kC.bias) on_bias(ds);
+  }
+
+  // Likewise that of the raw products, without the scale.
+  template <class Delta>
+  __forceinline__ void scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
+                              Delta delta) const {
+    capped_scores(ds, weights, p, delta);
     if constexpr (kC.softcap) {
 #pragma unroll
       for (int32 m = 0; m < kM / 16; ++m)
@@ -102,24 +107,6 @@ class TileGradient {
   // Of the soft cap, 1 - tanh^2, in pairs of 16 bits: as precise as tanh.approx, and registers are scarce.
   uint32 cap_slope_[kM / 16][kC.softcap ? kN / 8 : 1][2];
 };
-
-// Adds dS^T, whose tile starts at (key, query), to the bias gradient, whose shape may broadcast.
-template <KernelConfig kC, int32 kM, int32 kN>
-__forceinline__ void add_to_dbias(const BwdProblem& p, const Sequence& seq, int64 head, const Accumulator<kM, kN>& ds,
-                                  int32 key, int32 query) {
-  float* dbias = address_of<float, kC.num_batch_axes>(p, p.dbias, seq.batch, head, 0);
-  const int32 lane = threadIdx.x % 32;
-#pragma unroll
-  for (int32 m = 0; m < kM / 16; ++m)
-#pragma unroll
-    for (int32 n = 0; n < kN / 8; ++n)
-#pragma unroll
-      for (int32 e = 0; e < 4; ++e) {
-        const int64 j = key + 16 * m + e / 2 * 8 + lane / 4, i = query + 8 * n + lane % 4 * 2 + e % 2;
-        if (i < seq.q.used && j < seq.kv.used)
-          ptx::red_add(dbias + i * p.dbias.row_stride + j * p.dbias.col_stride, ds.x[m][n][e]);
-      }
-}
 
 // Adds a tile of dq to dq_accum: rows from query `row` of the sequence on, of n-tiles those that are dealt (see
 // dealt_column) to the warps whose first is at column `col`.
