@@ -153,7 +153,8 @@ def _jax_call(
     extras = extras | {name: inputs[name] for name in ("bias", "mask") if name in inputs}
 
     def vjp(query, key, value, extras):
-        return jax.vjp(lambda *qkv: forward(*qkv, extras), query, key, value)
+        learned = {"bias": extras["bias"]} if workload.learned_bias else {}
+        return jax.vjp(lambda q, k, v, learned: forward(q, k, v, extras | learned), query, key, value, learned)
 
     def forward_backward(query, key, value, extras, cotangent):
         out, backward = vjp(query, key, value, extras)
@@ -248,6 +249,8 @@ def _torch_unavailable(workload: Workload, pass_: str) -> str | None:
             return "this torch has no CUDA"
     if workload.softcap is not None or workload.window or workload.sequence_lengths or workload.alibi:
         return "its flash attention has no soft cap, window, packed sequences or ALiBi"
+    if workload.learned_bias:
+        return "its flash attention has no gradient of a bias"
     if on_gpu() and (workload.bias or workload.mask):
         return "its flash attention has no bias or mask on GPUs"
     if workload.deterministic:

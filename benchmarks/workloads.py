@@ -22,7 +22,8 @@ class Workload:
       window: how many keys a query sees to its left and right; -1 is unbounded.
       sequence_lengths: when given, the sequences packed along the sequence axis (varlen); then `batch` is 1 and
         `seqlen_q` and `seqlen_kv` are their sum.
-      bias: whether a `[1, num_heads, seqlen_q, seqlen_kv]` bias is added (a constant: no gradient is asked for).
+      bias: whether a `[1, num_heads, seqlen_q, seqlen_kv]` bias is added.
+      learned_bias: whether the backward is asked for its gradient too.
       mask: whether a random boolean mask `[batch, 1, seqlen_q, seqlen_kv]` is given; pairs that it hides count all the
         same.
       alibi: whether ALiBi's slopes are given.
@@ -42,6 +43,7 @@ class Workload:
     softcap: float | None = None
     sequence_lengths: tuple[int, ...] = ()
     bias: bool = False
+    learned_bias: bool = False
     mask: bool = False
     alibi: bool = False
     dropout_rate: float = 0.0
@@ -125,6 +127,7 @@ def _cpu_smoke() -> list[Workload]:
         tiny("tiny_gqa_window", 64, num_heads_kv=2, is_causal=True, window=(16, 0)),
         tiny("tiny_head_dim_v", 64, head_dim_v=8),
         tiny("tiny_bias", 64, bias=True),
+        tiny("tiny_learned_bias", 64, bias=True, learned_bias=True),
         tiny("tiny_mask", 64, mask=True),
         tiny("tiny_alibi", 64, alibi=True, is_causal=True),
         tiny("tiny_softcap", 64, softcap=20.0),
@@ -166,6 +169,7 @@ def _hopper_features() -> list[Workload]:
         causal("deterministic_16k", 16384, deterministic=True),
         causal("alibi_4k", 4096, batch=4, alibi=True),
         causal("bias_4k", 4096, batch=4, bias=True),
+        causal("learned_bias_4k", 4096, batch=4, bias=True, learned_bias=True),
         causal("mask_4k", 4096, batch=4, mask=True),
         causal("dropout_4k", 4096, batch=4, dropout_rate=0.1),
         causal("varlen_4x4k", 16384, sequence_lengths=(4096,) * 4),
