@@ -34,6 +34,16 @@ def pytest_configure(config):
         _core.override_config({"family": 0})
 
 
+@pytest.fixture
+def portable_kernels(request):
+    """For bits that are compared: those of one family of kernels."""
+    from jax_flash import _core
+
+    _core.override_config({"family": 0})
+    yield
+    _core.override_config({"family": 0} if request.config.getoption("portable") else {})
+
+
 def _find_gpu() -> jax.Device | None:
     try:
         return jax.devices("cuda")[0]

@@ -271,10 +271,8 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "64 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "bias", "bias for all",
-    "wide mask", "wide mask 128",
-    "segments",
-    "dropout 128", "deterministic 256", "everything",
+    "64 float16 bottom", "64 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "bias",
+    "bias for all", "wide mask", "wide mask 128", "segments", "dropout 128", "deterministic 256", "everything",
 )  # fmt: skip
 
 

@@ -93,6 +93,7 @@ def test_packed_queries_of_different_lengths(rng):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.usefixtures("portable_kernels")  # pages are nothing for Hopper's
 def test_low_precision_is_flash_attention(rng, dtype):
     """The same bits as the dense call over the contiguous cache."""
     rows, pages, table, lengths = make_cache(rng, 16)
