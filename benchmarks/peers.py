@@ -25,7 +25,8 @@ class Call:
       run: starts the work and returns its results.
       wait: returns once the work behind these results is done.
       arrays: the results as JAX arrays `[batch, seqlen, num_heads, head_dim]`: the output in a pass that has a forward,
-        then the gradients of query, key and value in one that has a backward.
+        then the gradients of query, key and value in one that has a backward, and of a learned bias, with its keys on
+        the last axis.
     """
 
     run: Callable[[], Any]
@@ -160,6 +161,10 @@ def _jax_call(
         out, backward = vjp(query, key, value, extras)
         return out, *backward(cotangent)
 
+    def arrays(results) -> list[jax.Array]:
+        *others, last = jax.tree.leaves(results)
+        return [*others, last.swapaxes(1, 2) if workload.learned_bias and pass_ != "forward" else last]
+
     arguments: tuple[Any, ...]
     if pass_ == "forward":
         function, arguments = forward, (query, key, value, extras)
@@ -171,7 +176,7 @@ def _jax_call(
     return Call(
         run=functools.partial(jax.jit(function), *arguments),
         wait=jax.block_until_ready,
-        arrays=jax.tree.leaves,
+        arrays=arrays,
     )
 
 

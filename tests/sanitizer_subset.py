@@ -1,10 +1,10 @@
 """Runs a small subset of everything under NVIDIA's compute-sanitizer: `make test-sanitizer-gpu`.
 
-    python tests/sanitizer_subset.py [--tools memcheck racecheck initcheck synccheck]
+    python tests/sanitizer_subset.py [--tools memcheck racecheck initcheck synccheck] [--jobs 4]
 
-Started so, it starts itself once for each tool (with --run), and fails on reports about our kernels alone: those of XLA
-and of the driver are not ours to mend. initcheck watches the others' kernels too, as it would otherwise not know what
-they have written.
+Started so, it starts itself for each tool (with --run), several times at once with a share of the calls each, and fails
+on reports about our kernels alone: those of XLA and of the driver are not ours to mend. initcheck watches the others'
+kernels too, as it would otherwise not know what they have written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KERNELS = "jax_flash"
@@ -27,21 +28,28 @@ def reports(log: str) -> list[str]:
     return [block for block in blocks if re.search(rf"\bat (0x\w+ in )?\S*{KERNELS}", block)]
 
 
-def check(tool: str, sanitizer: str) -> bool:
+def check(tool: str, sanitizer: str, jobs: int) -> bool:
     command = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--print-limit", "20"]
     if tool != "initcheck":
         command += ["--kernel-name", f"kernel_substring={KERNELS}"]
     # Every buffer is an allocation of its own, so that the sanitizer sees where it ends.
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "JAX_PLATFORMS": "cuda,cpu"}
     command += [sys.executable, "-P", __file__, "--run"]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
-    )
-    found = reports(done.stdout)
-    clean = done.returncode == 0 and not found
-    print(f"{tool}: {'clean' if clean else f'exit status {done.returncode}, {len(found)} reports'}", flush=True)
+
+    def run(job: int) -> subprocess.CompletedProcess:
+        share = [*command, str(job), str(jobs)]
+        return subprocess.run(
+            share, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(run, range(jobs)))
+    found = [report for process in done for report in reports(process.stdout)]
+    failed = [process for process in done if process.returncode]
+    clean = not failed and not found
+    print(f"{tool}: {'clean' if clean else f'{len(failed)} of {jobs} failed, {len(found)} reports'}", flush=True)
     if not clean:
-        print("\n".join(found[:5]) or done.stdout[-3000:], flush=True)
+        print("\n".join(found[:5]) or failed[0].stdout[-3000:], flush=True)
     return clean
 
 
@@ -71,11 +79,11 @@ def calls() -> dict[str, Callable[[], object]]:
         d_lse = normal(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=np.float32)
         return step(arrays, normal(*q.shape[:-1], v.shape[-1], dtype=q.dtype), d_lse)
 
-    def dense(dim=64, dim_v=None, dtype=jnp.bfloat16, seqlen_q=130, bias=None, **options):
+    def dense(dim=64, dim_v=None, dtype=jnp.bfloat16, seqlen_q=130, seqlen_kv=203, bias=None, **options):
         arrays = [normal(2, n, k, d, dtype=dtype) for n, k, d in
-                  ((seqlen_q, 4, dim), (203, 2, dim), (203, 2, dim_v or dim))]  # fmt: skip
-        if bias is not None:
-            arrays.append(normal(*bias, dtype=np.float32))
+                  ((seqlen_q, 4, dim), (seqlen_kv, 2, dim), (seqlen_kv, 2, dim_v or dim))]  # fmt: skip
+        if bias is not None:  # its rows can be copied in tiles where they are of 16 bits and start on 16 bytes
+            arrays.append(normal(*bias, dtype=jnp.bfloat16 if seqlen_kv % 8 == 0 else np.float32))
         return lambda: gradients(
             lambda q, k, v, bias=None: flash_attention(q, k, v, bias=bias, return_lse=True, **options), *arrays
         )
@@ -113,6 +121,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "softcap": dense(logits_soft_cap=3.0),
         "alibi, sinks": dense(is_causal=True, alibi_slopes=heads, sinks=heads),
         "mask": dense(mask=rng.random((2, 1, 130, 203)) < 0.5),
+        "mask of whole words": dense(seqlen_kv=208, mask=rng.random((2, 1, 130, 208)) < 0.5),
         "lengths": dense(query_seq_lengths=np.int32([130, 7]), key_value_seq_lengths=np.int32([0, 99])),
         "lengths out of range": dense(
             query_seq_lengths=np.int32([huge, -1]), key_value_seq_lengths=np.int32([huge, 204])
@@ -122,6 +131,7 @@ def calls() -> dict[str, Callable[[], object]]:
             key_value_segment_ids=np.zeros((2, 203), np.int32),
         ),
         "bias": dense(bias=(2, 4, 130, 203)),
+        "bias in tiles": dense(seqlen_kv=208, bias=(1, 4, 130, 208)),
         "bias of keys": dense(bias=(1, 1, 1, 203)),
         "bias of queries": dense(bias=(1, 4, 130, 1), deterministic=True),
         "dim 72": dense(72, 40),
@@ -148,13 +158,14 @@ def calls() -> dict[str, Callable[[], object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--run", action="store_true", help="the calls themselves, under whatever started this")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at once, with a share of the calls each")
+    parser.add_argument("--run", type=int, nargs=2, metavar=("JOB", "JOBS"), help="the calls of this share themselves")
     args = parser.parse_args()
     if not args.run:
         sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if not sanitizer:
             sys.exit("compute-sanitizer is not on the PATH: it is part of the CUDA toolkit")
-        failed = [tool for tool in args.tools if not check(tool, sanitizer)]
+        failed = [tool for tool in args.tools if not check(tool, sanitizer, args.jobs)]
         return int(bool(failed))
     import jax
 
@@ -163,7 +174,7 @@ def main() -> int:
     # Where there are two families of kernels, both.
     for family in ("portable", "hopper") if "sm_90a" in _core.visible_archs() else ("portable",):
         _core.override_config({"family": int(family == "hopper")})
-        for name, call in calls().items():
+        for name, call in list(calls().items())[args.run[0] :: args.run[1]]:
             print(f"{family}: {name}", flush=True)
             jax.block_until_ready(call())
     return 0
