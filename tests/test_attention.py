@@ -245,7 +245,7 @@ def test_unknown_instruction_set():
 @pytest.mark.parametrize("dim", [1, 3, 8, 16, 17, 64, 80, 96, 128, 200, 256])
 def test_head_dims(rng, dim):
     shape = Shape(1, 70, 66, 2, 1, dim, max(1, 256 - dim))
-    actual, expected, _ = check_against_reference(rng, shape, "causal", jnp.float32)
+    actual, expected, _ = check_against_reference(rng, shape, OPTIONS["causal"], jnp.float32)
     assert_close(actual, expected, 1e-4)
 
 

@@ -87,7 +87,7 @@ Tiling fwd_tiling(const KernelConfig& c, int32 head_dim) {
 // Beyond, two warpgroups share the columns of the same 64 keys.
 Tiling hopper_bwd_tiling(int32 head_dim) {
   if (head_dim > 128) return {64, 64, 8, 2, 2, 1};
-  return {64, 128, 8, 1, 2, 1};
+  return {64, 128, 8, 1, head_dim > 64 ? 2 : 3, 1};
 }
 
 // dK and dV of a warp's keys stay in registers; where they would not fit, warps_d warps share them.

@@ -5,8 +5,8 @@
 // relies on what another warp has not yet done finds poison. Shared memory starts as NaN, and so does the target of a
 // copy until it is waited for. What runs beside the threads happens as late as it may: a copy of the copy engine when
 // nobody can go on without it, products of a warpgroup when they are waited for, and until then their accumulators are
-// NaN. Every failure (a wild access, undefined behaviour, lanes that part) ends the launch with a sentence that names the
-// block and the thread.
+// NaN. Every failure (a wild access, undefined behaviour, lanes that part) ends the launch with a sentence that names
+// the block and the thread.
 #pragma once
 
 #include <setjmp.h>
@@ -73,8 +73,8 @@ struct Fiber {
   jmp_buf context;
   std::vector<Copy> copies;
   int open_group = 0;
-  unsigned barrier, parity;         // that it waits at
-  std::vector<unsigned> unfenced;   // words of shared memory that it wrote since its last fence.proxy.async
+  unsigned barrier, parity;        // that it waits at
+  std::vector<unsigned> unfenced;  // words of shared memory that it wrote since its last fence.proxy.async
 };
 
 // Products of a warp's part of a warpgroup, and the accumulators that they write: true values while these are NaN.
@@ -109,8 +109,8 @@ inline Fiber* current;
 inline Index block, grid;
 inline char* shared_memory;
 inline unsigned shared_bytes;
-inline std::vector<bool> in_flight;  // by word of shared memory: whether a copy is to write it
-inline std::vector<unsigned> unfenced;  // by word: 1 + the thread that wrote it without a fence.proxy.async
+inline std::vector<bool> in_flight;             // by word of shared memory: whether a copy is to write it
+inline std::vector<unsigned> unfenced;          // by word: 1 + the thread that wrote it without a fence.proxy.async
 inline std::map<unsigned, Mbarrier> mbarriers;  // by address
 inline NamedBarrier named_barriers[16];
 inline std::deque<std::function<void()>> copy_engine;
@@ -233,7 +233,8 @@ inline bool may_pass(const Fiber& fiber) {
   return mbarriers[fiber.barrier].phase % 2 != fiber.parity;
 }
 
-// Runs all but the last `pending` groups of the warp's products, then gives back the accumulators of which none is left.
+// Runs all but the last `pending` groups of the warp's products, then gives back the accumulators of which none is
+// left.
 inline void finish_products(Warp& warp, int pending) {
   while (!warp.products.empty() && warp.products.front().group < warp.open_group - pending) {
     warp.products.front().run();

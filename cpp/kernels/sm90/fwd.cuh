@@ -187,6 +187,29 @@ struct Fwd {
     };
     if (warpgroup == kWarpgroups - 1) pass_turn();
 
+    // A warpgroup without rows of its own lets the buffers of a unit pass, and its turns.
+    auto let_pass = [&](KeyBlocks<kC>& keys, int32 n) {
+      auto pass = [&](auto& ring) {
+        ring.wait_full();
+        release(ring);
+      };
+      auto pass_k_and_bias = [&] {
+        pass(k_ring);
+        if constexpr (kC.bias_tiled) pass(bias_ring);
+      };
+      q_ring.wait_full();
+      if (lane == 0) q_ring.release();
+      q_ring.next_round();
+      pass_k_and_bias();
+      while (keys.exists(n = keys.below(n))) {
+        pass_k_and_bias();
+        await_turn();
+        pass_turn();
+        pass(v_ring);
+      }
+      pass(v_ring);
+    };
+
     auto attend = [&](const Sequence& seq, int32 head, int32 q_row) {
       const int32 rows = min_of(kC.block_q, seq.q.used - q_row);  // that take part
       const int64 o_row = seq.q.begin + q_row;
@@ -200,13 +223,17 @@ struct Fwd {
       if (rows <= 0) return;
 
       const ScoreInputs<kC> in(p, seq, head);
+      KeyBlocks<kC> keys(in, seq, q_row, rows);
+      int32 n = keys.last();
+      if (64 * warpgroup >= rows) {
+        if (keys.exists(n)) let_pass(keys, n);
+        return;
+      }
       const float factor = score_factor(in);
       Accumulator<16, kC.head_dim_v> o;
       SoftmaxState<2> state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
       o.clear();
 
-      KeyBlocks<kC> keys(in, seq, q_row, rows);
-      int32 n = keys.last();
       if (keys.exists(n)) {
         Accumulator<16, kC.block_kv> s;
         uint32 probs[1][kC.block_kv / 16][4];
