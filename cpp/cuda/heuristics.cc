@@ -9,6 +9,7 @@ namespace {
 // What override_config() has set; older ones are kept, as another thread may look at them.
 using Fields = std::map<std::string, int32>;
 std::atomic<const Fields*> overridden = new Fields;
+std::atomic<uint64> overrides = 0;
 
 KernelConfig facts_of_all(const Problem& p, Direction direction) {
   // Two keys of a row of a bias or mask lie side by side, and always on an even place.
@@ -58,8 +59,9 @@ bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
 
 // Registers bound the tiles: two warpgroups have 232 per thread, for 64 rows of O and of scores and for the weights.
 // Then shared memory, of which two buffers each of K and V shall fit. At head dim 64 softmax bounds, which three
-// warpgroups of 160 registers hide better (4096 full 459 TFLOP/s beside 408), if there are queries enough for them
-// (1024 causal 241 beside 276); and taking turns is worth 5 %, which it is not beyond.
+// warpgroups of 160 registers hide better, if there are queries enough for them (TFLOP/s beside those of two: 512 full
+// 348, 311; 1024 full 403, 366; 1024 causal 265, 273; 2048 causal 363, 338; 4096 full 459, 408); and taking turns is
+// worth 5 %, which it is not beyond.
 Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
   const bool plain = !(c.softcap || c.alibi || c.bias || c.mask || c.segments || c.dropout);
   if (head_dim <= 64 && c.long_queries && plain) return {192, 128, 12, 1, 4, 1, true};
@@ -87,7 +89,7 @@ Tiling fwd_tiling(const KernelConfig& c, int32 head_dim) {
 // Beyond, two warpgroups share the columns of the same 64 keys.
 Tiling hopper_bwd_tiling(int32 head_dim) {
   if (head_dim > 128) return {64, 64, 8, 2, 2, 1};
-  return {64, 128, 8, 1, head_dim > 64 ? 2 : 3, 1};
+  return {64, 128, 8, 1, 2, 1};
 }
 
 // dK and dV of a warp's keys stay in registers; where they would not fit, warps_d warps share them.
@@ -127,7 +129,9 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
 KernelConfig facts_of(const FwdProblem& problem) {
   KernelConfig c = facts_of_all(problem, Direction::kFwd);
   c.return_softmax = problem.options.return_softmax;
-  c.long_queries = problem.max_seqlen_q >= 2048;
+  // Where queries see different numbers of keys, large blocks of queries do more in vain.
+  const bool all_see_all = problem.options.window_left < 0 && problem.options.window_right < 0;
+  c.long_queries = problem.max_seqlen_q >= (all_see_all ? 512 : 2048);
   return c;
 }
 
@@ -207,6 +211,11 @@ UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c) {
 
 void override_config(Fields fields) {
   overridden = new Fields(std::move(fields));
+  ++overrides;
+}
+
+uint64 override_count() {
+  return overrides;
 }
 
 }  // namespace flash::cuda

@@ -26,5 +26,7 @@ UnitOrder unit_order(const BwdProblem& problem, const KernelConfig& config);
 // For tests and measurements: values of fields, by name, that configure() takes in place of its own choice until the
 // next call. A family that has no kernel for a config is not taken.
 void override_config(std::map<std::string, int32> fields);
+// How often that was called, for who remembers what configure() has chosen.
+uint64 override_count();
 
 }  // namespace flash::cuda

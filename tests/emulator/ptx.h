@@ -41,9 +41,6 @@ inline void opaque(uint32&) {}
 inline void compute_now(float x) {
   if (x < 0.0f) emulator::fail("what is never negative is");
 }
-inline void compute_now(uint32 pair_of_16_bits) {
-  compute_now(int32(pair_of_16_bits) < 0 ? -1.0f : 0.0f);
-}
 
 // convert.cuh
 
@@ -293,8 +290,8 @@ inline void barrier_sync(int32 id, int32 threads) {
 // wgmma.cuh: each warp does its part, 16 rows. Operands in shared memory as in the PTX ISA, "Matrix descriptor format"
 // and "Strides"; those in registers have the fragments of mma_m16n8k16.
 
-// Eight elements of an operand that lie side by side: (i, k), (i, k + 1), ..., or if transposed (i, k), (i + 1, k),
-// ...; i runs along m or n.
+// Eight elements of an operand that lie side by side: (i, k), (i, k + 1), ..., or if transposed (i, k), (i + 1, k), ...;
+// i runs along m or n.
 template <DType kDType, bool kTransposed>
 std::array<float, 8> operand_chunk(uint64 descriptor, int32 i, int32 k) {
   const uint32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
@@ -356,8 +353,7 @@ void wgmma(WgmmaArgs args) {
       for (int32 lane = 0; lane < 32; ++lane) {
         std::vector<float>& d = warp.accumulators[copies[lane].d];
         for (int32 i = 0; i < 4 * kTiles; ++i)
-          d[i] =
-              (copies[lane].accumulate ? d[i] : 0.0f) + c[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+          d[i] = (copies[lane].accumulate ? d[i] : 0.0f) + c[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
       }
     };
     warp.products.push_back(std::move(product));

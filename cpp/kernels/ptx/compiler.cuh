@@ -15,8 +15,5 @@ __forceinline__ void opaque(uint32& x) {
 __forceinline__ void compute_now(float x) {
   if (x < 0.0f) asm volatile("nanosleep.u32 0;");
 }
-__forceinline__ void compute_now(uint32 pair_of_16_bits) {
-  if (int32(pair_of_16_bits) < 0) asm volatile("nanosleep.u32 0;");
-}
 
 }  // namespace flash::ptx

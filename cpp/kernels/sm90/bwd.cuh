@@ -68,9 +68,6 @@ struct Bwd {
                 registers_at_start(kC) * num_threads(kC));
   static_assert(kC.num_warps == 8 && kC.block_kv == (kD == 1 ? 128 : 64) && (kC.block_q == 64 || kC.block_q == 128));
   static_assert(kD == 1 || kC.block_q == 64);
-  // Where there are registers enough, S^T and dP^T of the next step begin before dQ and dK of this one. They are there
-  // when that step starts, and its exponentials run beside dK.
-  static constexpr bool kAhead = kKvInRegisters;
   static_assert(kC.num_stages >= 2, "warps may be one step apart");
 
   // One block of keys, from row `kv_row` of the sequence on.
@@ -324,14 +321,24 @@ struct Bwd {
 #pragma unroll
         for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
       }
-      Accumulator<16, kQueries> s, ds;
-      // Issues S^T and dP^T of a step, whose q and dO come to the stage of `ring`.
-      auto begin = [&](const Steps& step, const typename Storage::Stages& ring) {
-        const uint32 q_tile = base + Storage::kQ + ring.stage() * Q::kBytes;
-        const uint32 do_tile = base + Storage::kDo + ring.stage() * O::kBytes;
-        ring.wait_full();
-        if (kDataMasks<kC> || !step.is_full())
-          hide_rows_without_keys(shared, q_tile, do_tile, ring.stage(), warpgroup, thread % 128);
+#pragma unroll 1
+      for (Steps step(p, block); step.exists(); step.advance()) {
+        const int32 head = step.head, q_row = step.n * kC.block_q;
+        const ScoreInputs<kC> in(p, seq, head);
+        const bool is_full = step.is_full(), masked = kDataMasks<kC> || !is_full;
+        const int32 key = kv_row + warp_key, query = q_row + query_col;
+        const int32 stage = rows.stage();
+        const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
+        const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
+        const int32 statistics = 4 * (stage * kC.block_q + query_col + lane % 4 * 2);
+        auto pair_of = [&](int32 offset, int32 i) {
+          return *reinterpret_cast<const float2*>(shared + offset + statistics + 32 * i);
+        };
+        Accumulator<16, kQueries> s, ds;
+        uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
+        Accumulator<16, kC.head_dim / kDqShares> dq;
+        rows.wait_full();
+        if (masked) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
         if constexpr (kKvInRegisters) {
           issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(q_tile, query_col));
           issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(do_tile, query_col));
@@ -341,35 +348,8 @@ struct Bwd {
           issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
                                                    RowsOperand<O>(do_tile, query_col));
         }
-      };
-      Steps step(p, block);
-      if (kAhead && step.exists()) {
-        begin(step, rows);
-        wait_gemm<0>(s);
-        ptx::settled(ds.x[0]);
-      }
-      bool dk_is_under_way = false;  // of the step before, whose stage then is that of `rows` still
-#pragma unroll 1
-      while (step.exists()) {
-        auto now = rows;
-        if (dk_is_under_way) now.advance();
-        if constexpr (!kAhead) begin(step, now);
-        const int32 head = step.head, q_row = step.n * kC.block_q;
-        const bool is_full = step.is_full();
-        step.advance();
-        const ScoreInputs<kC> in(p, seq, head);
-        const int32 key = kv_row + warp_key, query = q_row + query_col;
-        const int32 stage = now.stage();
-        const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
-        const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
-        const int32 statistics = 4 * (stage * kC.block_q + query_col + lane % 4 * 2);
-        auto pair_of = [&](int32 offset, int32 i) {
-          return *reinterpret_cast<const float2*>(shared + offset + statistics + 32 * i);
-        };
-        uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
-        Accumulator<16, kC.head_dim / kDqShares> dq;
         TileGradient<kC, 16, kQueries> gradient;
-        if constexpr (!kAhead) wait_gemm<1>(s);
+        wait_gemm<1>(s);
         auto bias_tile = [&] {
           if constexpr (kC.bias_tiled)
             return ColsOfA<typename Storage::Bias>{
@@ -382,19 +362,11 @@ struct Bwd {
         Accumulator<16, kQueries> kept = s;
         gradient.drop(kept);
         pack<kDType>(probs, kept);
-        if constexpr (kAhead) {
-          uint32 all = 0;
-#pragma unroll
-          for (int32 i = 0; i < kQueries / 4; ++i) all |= probs[0][i / 4][i % 4];
-          ptx::compute_now(all);  // beside dK
-          wait_gemm<0>(dk_sum);
-          if (dk_is_under_way) release(rows);
-        }
         const int32 ds_tile = Storage::kDs + stage * S::kBytes;
         [[maybe_unused]] const int32 p_tile = Storage::kP + stage * S::kBytes;
         if constexpr (kD == 1) {
           issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(do_tile));
-          if constexpr (!kAhead) wait_gemm<1>(ds);
+          wait_gemm<1>(ds);
         } else {
           TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
           wait_gemm<0>(ds);
@@ -403,14 +375,6 @@ struct Bwd {
         pack<kDType>(dscores, ds);
         TileWriter<S>(base, ds_tile, warp_key, query_col).store(dscores);
         ptx::fence_proxy_async();
-        if constexpr (kAhead) {
-          wait_gemm<0>(dv_sum);
-          if (step.exists()) {
-            auto next = now;
-            next.advance();
-            begin(step, next);
-          }
-        }
         __syncwarp();
         // All have written dS^T (and P^T), and are done with what was in the other buffer.
         ptx::barrier_sync(kScoresWritten, kComputingThreads);
@@ -429,18 +393,10 @@ struct Bwd {
           __syncwarp();  // all lanes have added
           release(turns);
         }
-        if constexpr (kAhead) {
-          wait_gemm<1>(s);
-          ptx::settled(ds.x[0]);
-          dk_is_under_way = true;
-        } else {
-          wait_gemm<0>(dk_sum);
-          ptx::settled(dv_sum.x[0]);
-          release(rows);
-        }
+        wait_gemm<0>(dk_sum);
+        ptx::settled(dv_sum.x[0]);
+        release(rows);
       }
-      wait_gemm<0>(dk_sum);
-      if (dk_is_under_way) release(rows);
       release(kv_ring);
     }
     const float dropout_scale = 256.0f / float(p.options.keep_threshold);
