@@ -240,7 +240,7 @@ HOPPER_SPILLED_BYTES = {"all": 2400, "segments": 900, "softcap": 600}
 OTHER_HOPPER_SPILLED_BYTES = 500
 # Of the instructions between the first and the last product, those that load or store what was spilled: none at all
 # without features, but for the forward of 192 and 256.
-HOPPER_SHARE = {"all": 0.17, "softcap": 0.065}
+HOPPER_SHARE = {"all": 0.17, "softcap": 0.065, "dropout": 0.02}
 OTHER_HOPPER_SHARE = 0.012
 
 
