@@ -132,8 +132,8 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
   if (c.family == Family::kSm90) {
     if (c.direction == Direction::kFwd) return q + c.num_stages * (k + v + bias) + kBarrierBytes;
-    // Buffers of dS too, and of P where that goes through shared memory.
-    return k + v + c.num_stages * (q + o + statistics + bias + c.warps_d * scores) + kBarrierBytes;
+    // Two buffers of dS, and of P where that goes through shared memory.
+    return k + v + c.num_stages * (q + o + statistics + bias) + 2 * c.warps_d * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;
   if (c.direction == Direction::kDbias) {

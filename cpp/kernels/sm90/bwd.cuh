@@ -34,10 +34,10 @@ struct BwdStorage {
   using S = Tile<kC.block_kv, kC.block_q>;
   using Bias = BiasTile<kC>;
   using Stages = Ring<kC.num_stages>;
-  // Offsets in bytes. Each stage has a buffer of dS^T too, and of P^T if warps_d = 2.
+  // Offsets in bytes. Two buffers of dS^T and, if warps_d = 2, of P^T.
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
-  static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + kC.num_stages * S::kBytes;
-  static constexpr int32 kBias = kP + (kC.warps_d == 2 ? kC.num_stages * S::kBytes : 0);
+  static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + 2 * S::kBytes;
+  static constexpr int32 kBias = kP + (kC.warps_d == 2 ? 2 * S::kBytes : 0);
   static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
   static constexpr int32 kLse = kBias + kC.num_stages * kBiasBytes;
   static constexpr int32 kDelta = kLse + kC.num_stages * 4 * kC.block_q;
@@ -68,7 +68,7 @@ struct Bwd {
                 registers_at_start(kC) * num_threads(kC));
   static_assert(kC.num_warps == 8 && kC.block_kv == (kD == 1 ? 128 : 64) && (kC.block_q == 64 || kC.block_q == 128));
   static_assert(kD == 1 || kC.block_q == 64);
-  static_assert(kC.num_stages >= 2, "warps may be one step apart");
+  static_assert(kC.num_stages == 2, "a stage is also one of two buffers of dS^T");
 
   // One block of keys, from row `kv_row` of the sequence on.
   struct Block {
