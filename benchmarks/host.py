@@ -50,27 +50,34 @@ def _chained(function: Callable[..., jax.Array], length: int) -> Callable[..., j
     return chain
 
 
-def _microseconds(
-    step: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, repeats: int
-) -> dict[str, float]:
-    """Medians over batches of calls that are never so many that one has to wait.
+class _Timed:
+    """Calls of one function, in batches that are never so many that one has to wait.
 
     Each call takes the place of its donated query, as a training step takes that of its state: where buffers moved, XLA
     would have to update its graphs in every call.
     """
-    for _ in range(2 * _IN_FLIGHT):  # XLA captures a graph in the second call
-        query = jax.block_until_ready(step(query, key, value))
-    host, latency = [], []
-    for _ in range(repeats):
+
+    def __init__(self, function: Callable[..., jax.Array], qkv: jax.Array, length: int, options: dict[str, Any]):
+        self.step = jax.jit(_chained(function, length), donate_argnums=0, compiler_options=options)
+        self.query, *self.kv = (jnp.copy(x) for x in qkv)
+        self.host: list[float] = []
+        self.latency: list[float] = []
+        for _ in range(2 * _IN_FLIGHT):  # XLA captures a graph in the second call
+            self.query = jax.block_until_ready(self.step(self.query, *self.kv))
+
+    def batch(self) -> None:
         start = time.perf_counter()
         for _ in range(_IN_FLIGHT):
-            query = step(query, key, value)
-        host.append((time.perf_counter() - start) / _IN_FLIGHT)
-        jax.block_until_ready(query)
+            self.query = self.step(self.query, *self.kv)
+        self.host.append((time.perf_counter() - start) / _IN_FLIGHT)
+        jax.block_until_ready(self.query)
         start = time.perf_counter()
-        query = jax.block_until_ready(step(query, key, value))
-        latency.append(time.perf_counter() - start)
-    return {"host_us": 1e6 * statistics.median(host), "latency_us": 1e6 * statistics.median(latency)}
+        self.query = jax.block_until_ready(self.step(self.query, *self.kv))
+        self.latency.append(time.perf_counter() - start)
+
+    def microseconds(self) -> dict[str, float]:
+        medians = {"host_us": statistics.median(self.host), "latency_us": statistics.median(self.latency)}
+        return {name: 1e6 * seconds for name, seconds in medians.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,15 +89,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     report: dict[str, Any] = {"command": shlex.join(["python", "-m", "benchmarks.host", *arguments])}
     report |= machine.describe() | {"results": []}
-    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 4, 64), jnp.bfloat16)
+    qkv = jax.random.normal(jax.random.key(0), (3, 1, 64, 4, 64), jnp.bfloat16)
     modes = _GRAPHS if peers.on_gpu() else {"graphs": {}}
     host: dict[tuple[str, str, int], float] = {}
     print(f"{'function':12} {'calls':>5} {'mode':10} {'host':>9} {'latency':>9}  us")
     for mode, options in modes.items():
         for length in (1, _CHAIN):
-            for name, function in _functions().items():
-                chain = jax.jit(_chained(function, length), donate_argnums=0, compiler_options=options)
-                times = _microseconds(chain, jnp.copy(query), key, value, args.repeats)
+            timed = {name: _Timed(function, qkv, length, options) for name, function in _functions().items()}
+            for _ in range(args.repeats):  # in turns, so that a noisy neighbour disturbs all alike
+                for calls in timed.values():
+                    calls.batch()
+            for name, calls in timed.items():
+                times = calls.microseconds()
                 report["results"].append({"function": name, "calls": length, "mode": mode, **times})
                 host[name, mode, length] = times["host_us"]
                 print(f"{name:12} {length:5} {mode:10} {times['host_us']:9.1f} {times['latency_us']:9.1f}", flush=True)
