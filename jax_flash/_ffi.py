@@ -70,7 +70,7 @@ def backward(attrs: Attrs, operands: Arrays) -> Arrays:
 def bias_gradient(attrs: Attrs, operands: Arrays) -> Arrays:
     """The gradient of ``bias``, as ``bias_gradient_type`` says: to be summed over the blocks that it may have.
 
-    A call of its own, so that a bias whose gradient nobody uses costs nothing: XLA drops the call then.
+    A call of its own, so that under jit a bias whose gradient nobody uses costs nothing: the call is dropped then.
     """
     return _call(DBIAS_TARGET, attrs, _sorted_names(operands))(operands)
 

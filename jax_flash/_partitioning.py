@@ -123,7 +123,9 @@ class _Division:
         if "bias" in results:
             own = set(self.labels["bias"])
             axes = [a for label, e in self.divided.items() if label not in own and label != "K" for a in _mesh_axes(e)]
-            summed["bias"] = jax.lax.psum(results["bias"], tuple(axes)) if axes else results["bias"]
+            if axes:  # in float32, as there may be many devices
+                part = results["bias"]
+                summed["bias"] = jax.lax.psum(part.astype(jnp.float32), tuple(axes)).astype(part.dtype)
         return summed
 
 

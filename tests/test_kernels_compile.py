@@ -151,6 +151,9 @@ HOPPER_CASES += [
 HOPPER_CASES += [Case("sm_90a", d, 64, 64, "dropout", F16, HOPPER) for d in DIRECTIONS]
 HOPPER_CASES += [Case("sm_90a", d, 64, 64, "bias", family=HOPPER) for d in DIRECTIONS]
 HOPPER_CASES += [Case("sm_90a", FORWARD, 64, 64, "long queries", family=HOPPER)]
+# Blocks of keys of which a bias has no tiles, though there would be room; and two warpgroups on the same keys.
+HOPPER_CASES += [Case("sm_90a", FORWARD, 256, 128, "bias", family=HOPPER)]
+HOPPER_CASES += [Case("sm_90a", BACKWARD, 192, 192, "bias", family=HOPPER)]
 
 
 # A thread has 255 registers. What does not fit is to be scalars outside of the main loops (pointers, strides, lengths
@@ -341,9 +344,12 @@ def test_every_head_dim_has_a_tiling_of_those_compiled():
 def test_shared_memory_suffices_for_all_head_dims_and_features():
     """Also for pairs of head dims that no test compiles; the kernels themselves hold their storage to shared_bytes."""
     asserts = set()
-    for arch, direction, dim, dim_v in itertools.product(SHARED_LIMITS, NAMES, CLASSES, CLASSES):
+    families = [(arch, PORTABLE) for arch in SHARED_LIMITS] + [("sm_90a", HOPPER)]
+    for (arch, family), direction, dim, dim_v in itertools.product(families, NAMES, CLASSES, CLASSES):
         for feature in (None, *features(direction)):
-            source = _core.kernel_source(Case(arch, direction, dim, dim_v, feature).config())
+            config = Case(arch, direction, dim, dim_v, feature, family=family).config()
+            assert not config["bias_tiled"] or config["block_kv"] % 32 == 0
+            source = _core.kernel_source(config)
             fields = re.search(r"kConfig(\{.*?\});", source, re.DOTALL)[1]
             fields = re.sub(r"\s*\.(num_batch_axes|positive_scale|exact|softcap|alibi|dropout) = \w+,", "", fields)
             asserts.add((SHARED_LIMITS[arch], fields))

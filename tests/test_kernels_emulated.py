@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "no C++ compiler"
 # Each library keeps its symbols to itself.
-FLAGS = "-std=c++20 -w -fPIC -shared -fno-gnu-unique -Wl,-Bsymbolic"
+LINKING = ("-shared", "-Wl,-Bsymbolic")
+FLAGS = f"-std=c++20 -w -fPIC -fno-gnu-unique {' '.join(LINKING)}"
 # -O1: most kernels run for less time than more would take to compile. Fortified longjmp would not leave a fiber.
 KERNEL_FLAGS = (
     f"{FLAGS} -O1 -Wno-psabi -fno-strict-aliasing -U_FORTIFY_SOURCE "
@@ -92,7 +93,14 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
     if not library.exists():
         with contextlib.suppress(FileExistsError):
             (folder / "cuda").symlink_to(ROOT / "cpp")  # where the library looks for the kernels' sources
-        kernel_compiler = f"{COMPILER} {KERNEL_FLAGS} -I. -I'{EMULATOR}' -I'{ROOT / 'cpp'}'"
+        # What every kernel includes is read once, as a precompiled header: a third of the time that a kernel takes.
+        precompiled = folder / "precompiled"
+        precompiled.mkdir(exist_ok=True)
+        includes = [f"-I{EMULATOR}", f"-I{ROOT / 'cpp'}"]
+        header = ["-x", "c++-header", str(EMULATOR / "ptx.h")]
+        flags = [flag for flag in KERNEL_FLAGS.split() if flag not in LINKING]
+        compile_library(precompiled / "ptx.h.gch", [*flags, *includes, *header])
+        kernel_compiler = f"{COMPILER} {KERNEL_FLAGS} -I'{precompiled}' -I. -I'{EMULATOR}' -I'{ROOT / 'cpp'}'"
         defines = [f'-DEMULATOR_VERSION="{version}"', f'-DEMULATOR_COMPILER="{kernel_compiler}"']
         files = [str(EMULATOR / "runtime.cc"), *(str(ROOT / "cpp" / name) for name in HOST_FILES)]
         compile_library(

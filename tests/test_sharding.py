@@ -203,6 +203,22 @@ def test_gradient_of_a_shared_bias(rng, mesh, shape, spec, heads_kv):
         assert collectives(trained).keys() == {"all-reduce"}
 
 
+def test_gradient_of_a_shared_bias_in_16_bits(rng, mesh):
+    """Devices' parts are rounded once each, and added up in float32."""
+    *qkv, bias = *rng.qkv(4, 6, 9, 8, 4, 8), rng.normal(1, 8, 6, 9, dtype=jnp.bfloat16)
+
+    def gradient(bias, *qkv):
+        return jax.grad(lambda bias: jnp.sum(jnp.sin(flash_attention(*qkv, bias=bias))))(bias)
+
+    expected = gradient(bias.astype(jnp.float32), *qkv)
+    with within(mesh):
+        placed = place(mesh, (bias, *qkv), (P(None, "model"), HEADS, HEADS, HEADS))
+        compiled = jax.jit(gradient).lower(*placed).compile()
+        assert re.search(r"f32\[[0-9,]*\][^=]* all-reduce\(", compiled.as_text())
+        error = jnp.abs(compiled(*placed).astype(jnp.float32) - expected)
+    assert error.max() <= 2**-7 * jnp.abs(expected).max()
+
+
 @pytest.mark.parametrize(("heads_kv", "kv_spec"), [(4, HEADS), (2, BATCH)])
 def test_dropout_does_not_depend_on_the_sharding(rng, mesh, heads_kv, kv_spec):
     operands = named(rng.qkv(4, 6, 9, 8, heads_kv, 8)) | {"dropout_key": jax.random.key(3)}

@@ -37,7 +37,7 @@ struct KernelConfig {
   bool paged;
   bool return_softmax;
   bool deterministic;  // backward: dq is summed in a fixed order
-  bool long_queries;   // may be many blocks of queries; only decides the tiles
+  bool long_queries;   // enough of them for large blocks; only decides the tiles
 
   int32 block_q;
   int32 block_kv;

@@ -26,6 +26,7 @@ KernelConfig facts_of_all(const Problem& p, Direction direction) {
   c.alibi = p.alibi_slopes.data;
   c.bias = p.bias.data;
   c.bias_dtype = p.bias.dtype;
+  // With a row for each query, as the copy engine cannot read one of them many times.
   c.bias_tiled =
       c.bias && p.bias.dtype != DType::kF32 && p.bias.row_stride != 0 && p.bias.col_stride == 1 && p.seqlen_kv % 8 == 0;
   c.mask = p.mask.data;
@@ -168,7 +169,8 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.min_blocks = t.min_blocks;
   c.ping_pong = t.ping_pong;
   c.long_queries = false;
-  if (shared_bytes(c) > arch.max_shared_bytes) c.bias_tiled = false;  // then it is read element by element
+  // Else the bias is read element by element.
+  c.bias_tiled = c.bias_tiled && c.block_kv % 32 == 0 && shared_bytes(c) <= arch.max_shared_bytes;
   if (!fields.empty())
     for_each_field(c, [&](const char* name, auto& field) {
       const auto it = fields.find(name);
@@ -184,12 +186,12 @@ int64 group_of(const Problem& p) {
   return p.num_heads / max_of<int64>(p.num_heads_kv, 1);
 }
 
-// For num_heads heads, each with so many blocks. Sections are of as many times section_heads, whose operands have
-// section_bytes, as stay in the L2 cache, of 50 MB, while all blocks go through them.
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section_heads, int64 section_bytes) {
+// For num_heads heads, each with so many blocks. Sections are of as many times least_heads, whose operands have
+// least_bytes, as stay in the L2 cache, of 50 MB, while all blocks go through them.
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 least_bytes) {
   constexpr int64 kCacheBytes = 32 << 20;
   auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
-  const int64 fitting = max_of<int64>(kCacheBytes / max_of<int64>(section_bytes, 1), 1) * section_heads;
+  const int64 fitting = max_of<int64>(kCacheBytes / max_of<int64>(least_bytes, 1), 1) * least_heads;
   const int64 section = min_of(fitting, num_heads * p.num_sequences * num_batch_entries(p));
   return {divisor(section), divisor(section * blocks), divisor(num_heads), divisor(p.num_sequences),
           divisor(group_of(p))};

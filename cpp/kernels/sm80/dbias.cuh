@@ -28,7 +28,7 @@ struct DbiasStorage {
   // At last the sums, in place of everything: a row for each query, so long that a warp's writes meet no bank twice.
   static constexpr int32 kSumsRow = kC.block_kv + 4;
   static constexpr int32 kEnd = max_of(kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0), 4 * kC.block_q * kSumsRow);
-  static_assert(kEnd == shared_bytes(kC));
+  static_assert(kEnd == shared_bytes(kC) && kC.block_q % kBiasBlock == 0 && kC.block_kv % kBiasBlock == 0);
 };
 
 template <KernelConfig kC>

@@ -81,7 +81,7 @@ struct Bwd {
     __forceinline__ Block(const HopperBwdProblem& p, const Sequence& s, int32 head, int32 row)
         : seq(s), kv_head(head), kv_row(row), keys(min_of(kC.block_kv, s.kv.used - row)), rule(mask_rule_of(p, s)) {
       const int32 group = int32(p.order.group.value);
-      first_head = head * group, end_head = first_head + group;
+      first_head = head * group, end_head = min_of(first_head + group, int32(p.num_heads));
       queries = row_blocks(rule, row, max_of(keys, 1), kC.block_kv, kC.block_q);
     }
 

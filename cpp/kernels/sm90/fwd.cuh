@@ -30,7 +30,7 @@ struct FwdStorage {
   using Q = Tile<64, kC.head_dim>;                        // of one warpgroup
   using K = Tile<kC.block_kv, kC.head_dim>;
   using V = Tile<kC.block_kv, kC.head_dim_v>;
-  using Bias = BiasTile<kC>;  // of both warpgroups
+  using Bias = BiasTile<kC>;  // of all warpgroups; only if bias_tiled
   using QRing = Ring<kWarpgroups>;
   using KvRing = Ring<kC.num_stages>;
   using UnitRing = Ring<2>;
@@ -191,6 +191,7 @@ struct Fwd {
     auto let_pass = [&](KeyBlocks<kC>& keys, int32 n) {
       auto pass = [&](auto& ring) {
         ring.wait_full();
+        __syncwarp();  // no lane is left behind to wait for what comes next time
         release(ring);
       };
       auto pass_k_and_bias = [&] {
@@ -198,6 +199,7 @@ struct Fwd {
         if constexpr (kC.bias_tiled) pass(bias_ring);
       };
       q_ring.wait_full();
+      __syncwarp();
       if (lane == 0) q_ring.release();
       q_ring.next_round();
       pass_k_and_bias();

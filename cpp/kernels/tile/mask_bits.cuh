@@ -1,5 +1,5 @@
 // A boolean mask beside a tile of scores: read 16 keys of a row at a time, by whichever lane, and handed around as a
-// bit each. Element by element, a tile would take thirty times as many loads.
+// bit each. Element by element, a tile would take thirty times as many loads. Bytes are 0 or 1, as XLA has them.
 #pragma once
 
 #include "common/config.h"
