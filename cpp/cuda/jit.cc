@@ -142,10 +142,7 @@ struct Key {
 struct KeyHash {
   size_t operator()(const Key& key) const {
     uint64 hash = uint64(key.target);
-    for_each_field(key.config, [&](const char*, auto value) {
-      hash = (hash ^ uint64(value)) * 0x9e3779b97f4a7c15;
-      hash ^= hash >> 32;
-    });
+    for_each_field(key.config, [&](const char*, auto value) { hash = mixed(hash, uint64(value)); });
     return size_t(hash);
   }
 };

@@ -13,6 +13,12 @@ namespace flash::cuda {
 // The translation unit that specialises the kernels for `config`.
 std::string source_of(const KernelConfig& config);
 
+// Mixes x into a hash.
+inline uint64 mixed(uint64 hash, uint64 x) {
+  hash = (hash ^ x) * 0x9e3779b97f4a7c15;
+  return hash ^ hash >> 32;
+}
+
 // NVRTC's options for it, besides the architecture.
 const std::vector<std::string>& compile_options();
 

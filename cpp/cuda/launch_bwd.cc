@@ -6,16 +6,6 @@
 #include "cuda/tensor_map.h"
 
 namespace flash::cuda {
-
-void compile(const BwdProblem& problem) {
-  const KernelConfig facts = facts_of(with_few_batch_axes(problem));
-  for (const Arch& arch : visible_archs()) compile(configure(facts, arch), arch);
-}
-
-void load(const BwdProblem& problem, int32 device) {
-  load(configure(facts_of(with_few_batch_axes(problem)), arch_of(device)), device);
-}
-
 namespace {
 
 void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream) {
@@ -26,8 +16,7 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
   h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);
   h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
   h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
-  if (c.bias_tiled)
-    h.bias_map = tensor_map_of(p.bias, batch, p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv), c.block_q);
+  if (c.bias_tiled) h.bias_map = tensor_map_of_bias(p, c);
   h.order = unit_order(p, c);
   launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h);
 }

@@ -6,15 +6,6 @@
 
 namespace flash::cuda {
 
-void compile(const DbiasProblem& problem) {
-  const KernelConfig facts = facts_of(with_few_batch_axes(problem));
-  for (const Arch& arch : visible_archs()) compile(configure(facts, arch), arch);
-}
-
-void load(const DbiasProblem& problem, int32 device) {
-  load(configure(facts_of(with_few_batch_axes(problem)), arch_of(device)), device);
-}
-
 void launch(const DbiasProblem& problem, int32 device, Stream stream) {
   const DbiasProblem p = with_few_batch_axes(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));

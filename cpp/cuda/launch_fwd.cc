@@ -6,16 +6,6 @@
 #include "cuda/tensor_map.h"
 
 namespace flash::cuda {
-
-void compile(const FwdProblem& problem) {
-  const KernelConfig facts = facts_of(with_few_batch_axes(problem));
-  for (const Arch& arch : visible_archs()) compile(configure(facts, arch), arch);
-}
-
-void load(const FwdProblem& problem, int32 device) {
-  load(configure(facts_of(with_few_batch_axes(problem)), arch_of(device)), device);
-}
-
 namespace {
 
 void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Stream stream, int64 units) {
@@ -24,8 +14,7 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
   h.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel_cols(c.head_dim), 64);
   h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel_cols(c.head_dim), c.block_kv);
   h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_cols(c.head_dim_v), c.block_kv);
-  if (c.bias_tiled)
-    h.bias_map = tensor_map_of(p.bias, batch, p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv), c.block_q);
+  if (c.bias_tiled) h.bias_map = tensor_map_of_bias(p, c);
   h.order = unit_order(p, c);
   const int64 blocks = min_of<int64>(units, multiprocessors_of(device));
   if (asks_for_units(units, blocks)) set_zero(p.next_unit.data, 4, stream);

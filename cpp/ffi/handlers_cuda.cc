@@ -15,6 +15,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/heuristics.h"
+#include "cuda/jit.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
 
@@ -58,10 +59,7 @@ xf::Error instantiate(Attrs attrs, xf::RemainingArgs args, xf::RemainingRets ret
 // Stands for all that a call of initialize depends on.
 uint64 fingerprint(int32 device, const Attrs& a, const xf::RemainingArgs& args, const xf::RemainingRets& rets) {
   uint64 hash = cuda::override_count();
-  auto add = [&](uint64 x) {
-    hash = (hash ^ x) * 0x9e3779b97f4a7c15;
-    hash ^= hash >> 32;
-  };
+  auto add = [&](uint64 x) { hash = cuda::mixed(hash, x); };
   auto add_buffer = [&](const xf::AnyBuffer& buffer) {
     add(uint64(buffer.element_type()) << 32 | buffer.dimensions().size());
     for (int64 size : buffer.dimensions()) add(uint64(size));

@@ -67,24 +67,26 @@ struct DbiasBlock {
     return {seq, int32(head + index % heads), kind};
   }
 
-  __forceinline__ void load_k_and_q(const Sharer& s) const {
+  // Starts the copies of a tile of keys and of one of queries, of one head dim.
+  template <class Keys, class Queries>
+  __forceinline__ void load_pair(const Sharer& s, const View& keys, int32 keys_tile, const View& queries,
+                                 int32 queries_tile, int64 dim) const {
     const int64 kv_head = s.head / int32(p.num_heads / p.num_heads_kv);
-    const StridedRows k = {address_of<const uint16, kBatchAxes>(p, p.k, s.seq.batch, kv_head, 0), p.k.row_stride};
-    const StridedRows q = {address_of<const uint16, kBatchAxes>(p, p.q, s.seq.batch, s.head, 0), p.q.row_stride};
-    const int32 dim = int32(p.head_dim);
-    load_tile<typename Storage::K, kC.aligned, kC.exact, kThreads>(base + Storage::kK, k, kv_row, s.seq.kv.used, dim);
-    load_tile<typename Storage::Q, kC.aligned, kC.exact, kThreads>(base + Storage::kQ, q, q_row, s.seq.q.used, dim);
+    const StridedRows k = {address_of<const uint16, kBatchAxes>(p, keys, s.seq.batch, kv_head, 0), keys.row_stride};
+    const StridedRows q = {address_of<const uint16, kBatchAxes>(p, queries, s.seq.batch, s.head, 0),
+                           queries.row_stride};
+    load_tile<Keys, kC.aligned, kC.exact, kThreads>(base + keys_tile, k, kv_row, s.seq.kv.used, int32(dim));
+    load_tile<Queries, kC.aligned, kC.exact, kThreads>(base + queries_tile, q, q_row, s.seq.q.used, int32(dim));
+  }
+
+  __forceinline__ void load_k_and_q(const Sharer& s) const {
+    load_pair<typename Storage::K, typename Storage::Q>(s, p.k, Storage::kK, p.q, Storage::kQ, p.head_dim);
     ptx::cp_async_commit();
   }
 
   // With lse and delta.
   __forceinline__ void load_v_and_do(const Sharer& s) const {
-    const int64 kv_head = s.head / int32(p.num_heads / p.num_heads_kv);
-    const StridedRows v = {address_of<const uint16, kBatchAxes>(p, p.v, s.seq.batch, kv_head, 0), p.v.row_stride};
-    const StridedRows d_o = {address_of<const uint16, kBatchAxes>(p, p.d_o, s.seq.batch, s.head, 0), p.d_o.row_stride};
-    const int32 dim = int32(p.head_dim_v);
-    load_tile<typename Storage::V, kC.aligned, kC.exact, kThreads>(base + Storage::kV, v, kv_row, s.seq.kv.used, dim);
-    load_tile<typename Storage::O, kC.aligned, kC.exact, kThreads>(base + Storage::kDo, d_o, q_row, s.seq.q.used, dim);
+    load_pair<typename Storage::V, typename Storage::O>(s, p.v, Storage::kV, p.d_o, Storage::kDo, p.head_dim_v);
     if (threadIdx.x < kC.block_q) {
       const int32 bytes = q_row + int32(threadIdx.x) < s.seq.q.used ? 4 : 0;
       const int64 row = q_row + int32(threadIdx.x);
