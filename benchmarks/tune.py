@@ -30,7 +30,7 @@ CHOICES: dict[tuple[str, int], list[Choice]] = {
     ],
     ("forward", 128): [{"ping_pong": 1}, {"block_kv": 160}, {"block_kv": 176}, {"block_kv": 96, "num_stages": 3}],
     ("forward", 256): [{"ping_pong": 1}, {"block_kv": 64}],
-    ("backward", 64): [{"block_q": 128}],
+    ("backward", 64): [{"block_q": 64}],
 }
 
 

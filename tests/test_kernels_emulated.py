@@ -223,6 +223,10 @@ CASES = {
     "segments": {
         "T": 300, "S": 333, "query_segment_ids": segments(3, 2, 300), "key_value_segment_ids": segments(4, 2, 333)
     },
+    "segments apart": {  # nothing sees the second block of keys
+        "query_segment_ids": lambda r: np.zeros((2, 150), np.int32),
+        "key_value_segment_ids": lambda r: np.repeat(np.int32([[0] * 60 + [7] * 140]), 2, 0),
+    },
     "segments in any order": {
         "query_segment_ids": lambda r: r.integers(0, 2, 2, 150),
         "key_value_segment_ids": lambda r: r.integers(0, 2, 2, 200), **BOTTOM,
@@ -280,7 +284,8 @@ def test_dense(rng, emulated, case):
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
     "64 float16 bottom", "64 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "bias",
-    "bias for all", "wide mask", "wide mask 128", "segments", "dropout 128", "deterministic 256", "everything",
+    "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
+    "deterministic", "deterministic 256", "everything",
 )  # fmt: skip
 
 

@@ -120,6 +120,13 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
   return 65536 / num_threads(c) / 8 * 8;
 }
 
+// Hopper's backward: buffers of dS, and of P where that goes through shared memory too. With warps_d = 1 a step reads
+// dS of the step before. Nobody says when: who writes dS of step j has seen all of step j - 2 written, hence all to be
+// done with step j - 3, and with dS of step j - 4.
+static constexpr int32 score_buffers(const KernelConfig& c) {
+  return c.warps_d == 1 ? 4 : 2;
+}
+
 // Barriers of Hopper's kernels, and what warps tell each other.
 inline constexpr int64 kBarrierBytes = 256;
 
@@ -132,8 +139,7 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
   if (c.family == Family::kSm90) {
     if (c.direction == Direction::kFwd) return q + c.num_stages * (k + v + bias) + kBarrierBytes;
-    // Two buffers of dS, and of P where that goes through shared memory.
-    return k + v + c.num_stages * (q + o + statistics + bias) + 2 * c.warps_d * scores + kBarrierBytes;
+    return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * c.warps_d * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;
   if (c.direction == Direction::kDbias) {

@@ -58,14 +58,18 @@ bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
          !c.paged && !c.return_softmax && c.num_batch_axes == 1;
 }
 
+// Whether nothing is done to scores but to scale them and to mask them by position.
+bool is_plain(const KernelConfig& c) {
+  return !(c.softcap || c.alibi || c.bias || c.mask || c.segments || c.dropout);
+}
+
 // Registers bound the tiles: two warpgroups have 232 per thread, for 64 rows of O and of scores and for the weights.
 // Then shared memory, of which two buffers each of K and V shall fit. At head dim 64 softmax bounds, which three
 // warpgroups of 160 registers hide better, if there are queries enough for them (TFLOP/s beside those of two: 512 full
 // 348, 311; 1024 full 403, 366; 1024 causal 265, 273; 2048 causal 363, 338; 4096 full 459, 408); and taking turns is
 // worth 5 %, which it is not beyond.
 Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
-  const bool plain = !(c.softcap || c.alibi || c.bias || c.mask || c.segments || c.dropout);
-  if (head_dim <= 64 && c.long_queries && plain) return {192, 128, 12, 1, 4, 1, true};
+  if (head_dim <= 64 && c.long_queries && is_plain(c)) return {192, 128, 12, 1, 4, 1, true};
   if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
   if (head_dim > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
   return {128, 128, 8, 1, head_dim > 64 ? 2 : c.bias_tiled ? 3 : 4, 1, head_dim <= 64};
@@ -87,10 +91,11 @@ Tiling fwd_tiling(const KernelConfig& c, int32 head_dim) {
 }
 
 // dK and dV of a warpgroup's 64 keys take all registers that S^T and dP^T of 64 queries leave, up to head dim 128.
-// Beyond, two warpgroups share the columns of the same 64 keys.
-Tiling hopper_bwd_tiling(int32 head_dim) {
+// Beyond, two warpgroups share the columns of the same 64 keys. At head dim 64 there is room for 128 queries, if scores
+// need nothing else (cycles in millions, 4096 full: 4.45, with 64 queries 5.15).
+Tiling hopper_bwd_tiling(const KernelConfig& c, int32 head_dim) {
   if (head_dim > 128) return {64, 64, 8, 2, 2, 1};
-  return {64, 128, 8, 1, 2, 1};
+  return {head_dim <= 64 && is_plain(c) ? 128 : 64, 128, 8, 1, 2, 1};
 }
 
 // dK and dV of a warp's keys stay in registers; where they would not fit, warps_d warps share them.
@@ -119,7 +124,7 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   const bool hopper = c.family == Family::kSm90;
   switch (c.direction) {
     case Direction::kFwd: return hopper ? hopper_fwd_tiling(c, head_dim) : fwd_tiling(c, head_dim);
-    case Direction::kBwd: return hopper ? hopper_bwd_tiling(head_dim) : bwd_tiling(c, head_dim, arch);
+    case Direction::kBwd: return hopper ? hopper_bwd_tiling(c, head_dim) : bwd_tiling(c, head_dim, arch);
     case Direction::kDbias: break;
   }
   return dbias_tiling(c, head_dim, arch);

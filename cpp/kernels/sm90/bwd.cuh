@@ -4,7 +4,8 @@
 // A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all
 // query heads of the group. One warp copies Q and dO into rings of buffers, another one lse and delta, and if
 // deterministic a third one keeps the turns at dq. Two warpgroups compute. With warps_d = 1 each owns 64 keys: P^T
-// and dS^T are left operands straight from registers, and only dS^T goes through shared memory too, for dQ = dS K.
+// and dS^T are left operands straight from registers, and only dS^T goes through shared memory too, for dQ = dS K. That
+// is done a step late: the two need not meet, and the exponentials of one run beside the products of the other.
 // With warps_d = 2, for large head dims, both work on the same 64 keys: on half of the queries each in S^T and dP^T,
 // on half of the columns in dK, dV and dQ, with P^T and dS^T from shared memory.
 //
@@ -34,9 +35,10 @@ struct BwdStorage {
   using S = Tile<kC.block_kv, kC.block_q>;
   using Bias = BiasTile<kC>;
   using Stages = Ring<kC.num_stages>;
-  // Offsets in bytes. Two buffers of dS^T and, if warps_d = 2, of P^T.
+  using Scores = Ring<score_buffers(kC)>;
+  // Offsets in bytes. Of P^T too, if warps_d = 2.
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
-  static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + 2 * S::kBytes;
+  static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + score_buffers(kC) * S::kBytes;
   static constexpr int32 kBias = kP + (kC.warps_d == 2 ? 2 * S::kBytes : 0);
   static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
   static constexpr int32 kLse = kBias + kC.num_stages * kBiasBytes;
@@ -44,11 +46,12 @@ struct BwdStorage {
   static constexpr int32 kRowBarriers = kDelta + kC.num_stages * 4 * kC.block_q;  // of q, dO, lse and delta
   static constexpr int32 kKvBarriers = kRowBarriers + Stages::kBytes;
   static constexpr int32 kTurnBarriers = kKvBarriers + Ring<1>::kBytes;
-  static_assert(kTurnBarriers + Ring<1>::kBytes <= kRowBarriers + kBarrierBytes);
+  static constexpr int32 kScoreBarriers = kTurnBarriers + Ring<1>::kBytes;
+  static_assert(kScoreBarriers + Scores::kBytes <= kRowBarriers + kBarrierBytes);
   static_assert(kRowBarriers + kBarrierBytes == shared_bytes(kC));
 };
 
-enum BwdBarrier : int32 { kScoresWritten = 1, kOwnWarpgroup = 2 };
+enum BwdBarrier : int32 { kComputing = 1, kOwnWarpgroup = 2 };
 
 template <KernelConfig kC>
 struct Bwd {
@@ -60,15 +63,14 @@ struct Bwd {
   static constexpr DType kDType = kC.dtype;
   // K and V as left operands from registers, where these suffice. Shared memory, of which two of the five products then
   // read half as much, bounds small head dims.
-  static constexpr bool kKvInRegisters = kD == 1 && max_of(kC.head_dim, kC.head_dim_v) <= 64;
+  static constexpr bool kKvInRegisters = kD == 1 && kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 64;
   // Registers per thread of the copying warpgroup and of the others.
-  static constexpr bool kIsTight = kD == 1 && kC.head_dim > 64;
+  static constexpr bool kIsTight = kD == 1 && (kC.head_dim > 64 || kC.block_q > 64);
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
   static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
                 registers_at_start(kC) * num_threads(kC));
   static_assert(kC.num_warps == 8 && kC.block_kv == (kD == 1 ? 128 : 64) && (kC.block_q == 64 || kC.block_q == 128));
   static_assert(kD == 1 || kC.block_q == 64);
-  static_assert(kC.num_stages == 2, "a stage is also one of two buffers of dS^T");
 
   // One block of keys, from row `kv_row` of the sequence on.
   struct Block {
@@ -128,6 +130,7 @@ struct Bwd {
       Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps, 1 + 32);
       Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kTurnBarriers, kC.num_warps);
+      Storage::Scores::init(base + Storage::kScoreBarriers, kC.num_warps, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -258,20 +261,34 @@ struct Bwd {
     visit_unit(p, threadIdx.x, keep, [](int64, int64) {});
   }
 
+  // A computing warp's places.
+  struct Rings {
+    typename Storage::Stages rows;
+    Ring<1> kv_ring, turns;
+    typename Storage::Scores scores;       // dS^T of this step
+    typename Storage::Scores last_scores;  // of the step before; the first one's is nobody's, but full
+
+    __forceinline__ explicit Rings(uint32 base)
+        : rows(base + Storage::kRowBarriers),
+          kv_ring(base + Storage::kKvBarriers),
+          turns(base + Storage::kTurnBarriers),
+          scores(base + Storage::kScoreBarriers),
+          last_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1) {}
+  };
+
   // A warp that computes.
   static __forceinline__ void compute(const HopperBwdProblem& p, char* shared, uint32 base) {
-    typename Storage::Stages rows(base + Storage::kRowBarriers);
-    Ring<1> kv_ring(base + Storage::kKvBarriers), turns(base + Storage::kTurnBarriers);
+    Rings rings(base);
     const int32 warpgroup = uniform(int32(threadIdx.x) / 128 - 1);
     visit_unit(
         p, int32(threadIdx.x) - 128,
-        [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rows, kv_ring, turns); },
+        [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rings); },
         [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
   }
 
   static __forceinline__ void compute_block(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
-                                            int32 warpgroup, typename Storage::Stages& rows, Ring<1>& kv_ring,
-                                            Ring<1>& turns) {
+                                            int32 warpgroup, Rings& rings) {
+    auto& [rows, kv_ring, turns, scores, last_scores] = rings;
     const Sequence& seq = block.seq;
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
     const int32 warp_in_group = thread % 128 / 32;
@@ -321,6 +338,24 @@ struct Bwd {
 #pragma unroll
         for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
       }
+      // dQ = dS K, from a buffer of everyone's dS^T, and its addition to what other thread blocks have found.
+      using Dq = Accumulator<16, kC.head_dim / kDqShares>;
+      auto issue_dq = [&](Dq& dq, int32 buffer) {
+        issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<S>(base + Storage::kDs + buffer * S::kBytes, dq_row),
+                                               ColsOperand<K>(base + Storage::kK, dq_col));
+      };
+      float* accum = uniform(accum_block_of<kBatchAxes>(p, seq, 0, 0));
+      auto add_dq = [&](const Dq& dq, int32 head, int32 q_row) {
+        if constexpr (kC.deterministic) turns.wait_full();
+        float* block = accum + head * p.dq_accum.head_stride + (q_row + dq_row) / kAccumRows * p.dq_accum.row_stride;
+        add_to_dq<kC, 1>(p, seq, block, dq, q_row + dq_row, 16 * warp_in_group, dq_col);
+        if constexpr (kC.deterministic) {
+          __syncwarp();  // all lanes have added
+          release(turns);
+        }
+      };
+      // With warps_d = 1, the step whose dQ is due: its head, or -1 if there is none, and its queries.
+      int32 last_head = -1, last_row = 0;
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const int32 head = step.head, q_row = step.n * kC.block_q;
@@ -336,7 +371,7 @@ struct Bwd {
         };
         Accumulator<16, kQueries> s, ds;
         uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
-        Accumulator<16, kC.head_dim / kDqShares> dq;
+        Dq dq;
         rows.wait_full();
         if (masked) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
         if constexpr (kKvInRegisters) {
@@ -359,43 +394,61 @@ struct Bwd {
         };
         gradient.weights(s, p, in, !is_full, key, query, bias_tile(),
                          [&](int32 i) { return pair_of(Storage::kLse, i); });
-        Accumulator<16, kQueries> kept = s;
-        gradient.drop(kept);
-        pack<kDType>(probs, kept);
-        const int32 ds_tile = Storage::kDs + stage * S::kBytes;
-        [[maybe_unused]] const int32 p_tile = Storage::kP + stage * S::kBytes;
+        const int32 ds_tile = Storage::kDs + scores.stage() * S::kBytes;
+        [[maybe_unused]] const int32 p_tile = Storage::kP + scores.stage() * S::kBytes;
+        auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
+          Accumulator<16, kQueries> kept = s;
+          gradient.template drop<kFrom, kTo>(kept);
+          pack<kDType, kFrom, kTo>(probs, kept);
+          if constexpr (kD == 1) {
+            issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(do_tile));
+            if constexpr (kFrom == 0) wait_gemm<1>(ds);
+          } else {
+            TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
+            wait_gemm<0>(ds);
+          }
+          gradient.template scores<kFrom, kTo>(ds, s, p, [&](int32 i) { return pair_of(Storage::kDelta, i); });
+          pack<kDType, kFrom, kTo>(dscores, ds);
+          TileWriter<S>(base, ds_tile, warp_key, query_col).template store<kFrom, kTo>(dscores);
+        };
         if constexpr (kD == 1) {
-          issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(do_tile));
-          wait_gemm<1>(ds);
+          // One half behind the other takes fewer registers.
+          finish.template operator()<0, kQueries / 2>();
+          finish.template operator()<kQueries / 2, kQueries>();
         } else {
-          TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
-          wait_gemm<0>(ds);
+          finish.template operator()<0, kQueries>();
         }
-        gradient.scores(ds, s, p, [&](int32 i) { return pair_of(Storage::kDelta, i); });
-        pack<kDType>(dscores, ds);
-        TileWriter<S>(base, ds_tile, warp_key, query_col).store(dscores);
         ptx::fence_proxy_async();
         __syncwarp();
-        // All have written dS^T (and P^T), and are done with what was in the other buffer.
-        ptx::barrier_sync(kScoresWritten, kComputingThreads);
-        issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<S>(base + ds_tile, dq_row),
-                                               ColsOperand<K>(base + Storage::kK, dq_col));
+        if (lane == 0) ptx::mbarrier_arrive(scores.full());
         if constexpr (kD == 1) {
+          // In the first step a product of anything, as around a branch the compiler would wait for every one.
+          last_scores.wait_full();
+          issue_dq(dq, last_scores.stage());
+          last_scores.advance();
           issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(q_tile));
+          wait_gemm<1>(dq);
+          if (last_head >= 0) add_dq(dq, last_head, last_row);
+          last_head = head, last_row = q_row;
         } else {
+          scores.wait_full();
+          issue_dq(dq, scores.stage());
           issue_gemm<kDType, kC.block_q, true>(dv_sum, RowsOperand<S>(base + p_tile), ColsOperand<O>(do_tile, dv_col));
           issue_gemm<kDType, kC.block_q, true>(dk_sum, RowsOperand<S>(base + ds_tile), ColsOperand<Q>(q_tile, dk_col));
+          wait_gemm<2>(dq);
+          add_dq(dq, head, q_row);
         }
-        wait_gemm<kD>(dq);
-        if constexpr (kC.deterministic) turns.wait_full();
-        add_to_dq<kC, 1>(p, seq, head, dq, q_row + dq_row + 16 * warp_in_group, dq_col);
-        if constexpr (kC.deterministic) {
-          __syncwarp();  // all lanes have added
-          release(turns);
-        }
+        scores.advance();
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
+      }
+      if (last_head >= 0) {
+        Dq dq;
+        last_scores.wait_full();
+        issue_dq(dq, last_scores.stage());
+        wait_gemm<0>(dq);
+        add_dq(dq, last_head, last_row);
       }
       release(kv_ring);
     }
@@ -415,7 +468,7 @@ struct Bwd {
     zero_rows<typename Storage::V>(base + Storage::kV, keys, kC.block_kv, thread, kComputingThreads);
     ptx::fence_proxy_async();
     __syncwarp();
-    ptx::barrier_sync(kScoresWritten, kComputingThreads);
+    ptx::barrier_sync(kComputing, kComputingThreads);
   }
 
   // Zeros the rows of q and dO that see no key, or lie behind the sequence: they have no gradient, and what stands

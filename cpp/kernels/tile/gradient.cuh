@@ -53,12 +53,12 @@ class TileGradient {
   }
 
   // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias. delta(n) is like lse(n).
-  template <class Delta>
+  template <int32 kFrom = 0, int32 kTo = kN, class Delta>
   __forceinline__ void capped_scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
                                      Delta delta) const {
     const float dropout_scale = 256.0f / float(p.options.keep_threshold);
 #pragma unroll
-    for (int32 n = 0; n < kN / 8; ++n) {
+    for (int32 n = kFrom / 8; n < kTo / 8; ++n) {
       const float2 pair = delta(n);
       const float shift[2] = {pair.x, pair.y};
 #pragma unroll
@@ -73,15 +73,15 @@ class TileGradient {
   }
 
   // Likewise that of the raw products, without the scale.
-  template <class Delta>
+  template <int32 kFrom = 0, int32 kTo = kN, class Delta>
   __forceinline__ void scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
                               Delta delta) const {
-    capped_scores(ds, weights, p, delta);
+    capped_scores<kFrom, kTo>(ds, weights, p, delta);
     if constexpr (kC.softcap) {
 #pragma unroll
       for (int32 m = 0; m < kM / 16; ++m)
 #pragma unroll
-        for (int32 n = 0; n < kN / 8; ++n)
+        for (int32 n = kFrom / 8; n < kTo / 8; ++n)
 #pragma unroll
           for (int32 e = 0; e < 4; ++e)
             ds.x[m][n][e] *= ptx::unpack<DType::kF16>(uint16(cap_slope_[m][n][e / 2] >> (16 * (e % 2))));
@@ -89,12 +89,13 @@ class TileGradient {
   }
 
   // Weights as the forward multiplied V by them, but not rescaled.
+  template <int32 kFrom = 0, int32 kTo = kN>
   __forceinline__ void drop(Accumulator<kM, kN>& weights) const {
     if constexpr (kC.dropout) {
 #pragma unroll
       for (int32 m = 0; m < kM / 16; ++m)
 #pragma unroll
-        for (int32 n = 0; n < kN / 8; ++n)
+        for (int32 n = kFrom / 8; n < kTo / 8; ++n)
 #pragma unroll
           for (int32 e = 0; e < 4; ++e) weights.x[m][n][e] = keeps(m, n, e) ? weights.x[m][n][e] : 0.0f;
     }
@@ -108,20 +109,21 @@ class TileGradient {
   uint32 cap_slope_[kM / 16][kC.softcap ? kN / 8 : 1][2];
 };
 
-// Adds a tile of dq to dq_accum: rows from query `row` of the sequence on, of n-tiles those that are dealt (see
-// dealt_column) to the warps whose first is at column `col`.
+// Adds a tile of dq to dq_accum, where `accum` is the place of query `row` of the sequence: the warp's rows from
+// `warp_row` behind that one on, of n-tiles those that are dealt (see dealt_column) to the warps whose first is at
+// column `col`. What differs between threads fits into 32 bits, so that the rest is computed once for a warp.
 template <KernelConfig kC, int32 kGroups, int32 kM, int32 kN>
-__forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, int32 head, const Accumulator<kM, kN>& dq,
-                               int32 row, int32 col) {
+__forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, float* accum, const Accumulator<kM, kN>& dq,
+                               int32 row, int32 warp_row, int32 col) {
   const int32 row_floats = int32(p.dq_accum.row_stride), first_tile = col / 8;
-  float* target = accum_block_of<kC.num_batch_axes>(p, seq, head, row) + first_tile * 128 + int32(threadIdx.x % 32) * 4;
+  float* target = accum + uint32(warp_row / kAccumRows * row_floats + first_tile * 128 + int32(threadIdx.x % 32) * 4);
 #pragma unroll
   for (int32 m = 0; m < kM / 16; ++m)
 #pragma unroll
     for (int32 n = 0; n < kN / 8; ++n) {
       const int32 tile = dealt_column<kGroups>(n) / 8;
       const float(&x)[4] = dq.x[m][n];
-      if (row + 16 * m < seq.q.used && (kC.exact || (first_tile + tile) * 128 < row_floats))
+      if (row + warp_row + 16 * m < seq.q.used && (kC.exact || (first_tile + tile) * 128 < row_floats))
         ptx::red_add_x4(target + m * row_floats + tile * 128, x[0], x[1], x[2], x[3]);
     }
 }

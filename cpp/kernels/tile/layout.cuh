@@ -162,13 +162,13 @@ __forceinline__ void gemm(Accumulator<kM, kN>& c, const A& a_operand, const B& b
     }
 }
 
-// An accumulator of [kM, kN] as the A operand of the next product.
-template <DType kDType, int32 kM, int32 kN>
+// An accumulator of [kM, kN] as the A operand of the next product, or of it the columns [kFrom, kTo).
+template <DType kDType, int32 kFrom = 0, int32 kTo = 1 << 30, int32 kM, int32 kN>
 __forceinline__ void pack(uint32 (&a)[kM / 16][kN / 16][4], const Accumulator<kM, kN>& c) {
 #pragma unroll
   for (int32 m = 0; m < kM / 16; ++m)
 #pragma unroll
-    for (int32 n = 0; n < kN / 16; ++n) {
+    for (int32 n = kFrom / 16; n < min_of(kTo, kN) / 16; ++n) {
       const float(&left)[4] = c.x[m][2 * n];
       const float(&right)[4] = c.x[m][2 * n + 1];
       a[m][n][0] = ptx::pack<kDType>(left[0], left[1]);
@@ -202,12 +202,12 @@ struct TileWriter {
       }
   }
   // Writes fragments as pack() leaves them.
-  template <int32 kM, int32 kN>
+  template <int32 kFrom = 0, int32 kTo = 1 << 30, int32 kM, int32 kN>
   __forceinline__ void store(const uint32 (&a)[kM][kN][4]) const {
 #pragma unroll
     for (int32 m = 0; m < kM; ++m)
 #pragma unroll
-      for (int32 n = 0; n < kN; ++n)
+      for (int32 n = kFrom / 16; n < min_of(kTo / 16, kN); ++n)
 #pragma unroll
         for (int32 i = 0; i < 4; ++i) ptx::st_shared(place.at(16 * m + i % 2 * 8, 16 * n + i / 2 * 8), a[m][n][i]);
   }

@@ -21,7 +21,8 @@ class Ring {
     }
   }
 
-  __forceinline__ explicit Ring(uint32 barriers, int32 stage = 0) : barriers_(barriers), stage_(stage) {}
+  __forceinline__ explicit Ring(uint32 barriers, int32 stage = 0, uint32 parity = 0)
+      : barriers_(barriers), stage_(stage), parity_(parity) {}
 
   __forceinline__ int32 stage() const { return stage_; }
   __forceinline__ uint32 full() const { return barriers_ + 8 * stage_; }
@@ -44,7 +45,7 @@ class Ring {
  private:
   uint32 barriers_;
   int32 stage_;
-  uint32 parity_ = 0;
+  uint32 parity_;
 };
 
 }  // namespace flash

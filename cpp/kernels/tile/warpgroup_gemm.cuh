@@ -52,6 +52,10 @@ struct ColsOperand {
 __forceinline__ int32 uniform(int32 x) {
   return __shfl_sync(~0u, x, 0);
 }
+template <class T>
+__forceinline__ T* uniform(T* x) {
+  return reinterpret_cast<T*>(__shfl_sync(~0u, reinterpret_cast<uint64>(x), 0));
+}
 
 // Issues c = a b over kK, or c += a b if kAccumulate, as one group.
 template <DType kDType, int32 kK, bool kAccumulate, int32 kN, class A, class B>
@@ -63,13 +67,13 @@ __forceinline__ void issue_gemm(Accumulator<16, kN>& c, const A& a, const B& b) 
   ptx::wgmma_commit();
 }
 
-// The same with A in registers, as pack() leaves it.
-template <DType kDType, bool kAccumulate, int32 kN, int32 kSteps, class B>
+// The same with A in registers, as pack() leaves it, or of it the columns [kFrom, kTo).
+template <DType kDType, bool kAccumulate, int32 kFrom = 0, int32 kTo = 1 << 30, int32 kN, int32 kSteps, class B>
 __forceinline__ void issue_gemm(Accumulator<16, kN>& c, const uint32 (&a)[1][kSteps][4], const B& b) {
   ptx::wgmma_fence();
 #pragma unroll
-  for (int32 step = 0; step < kSteps; ++step)
-    ptx::wgmma_rs<kDType, B::kTransposed>(c.x[0], a[0][step], b.at(16 * step), kAccumulate || step > 0);
+  for (int32 step = kFrom / 16; step < min_of(kTo / 16, kSteps); ++step)
+    ptx::wgmma_rs<kDType, B::kTransposed>(c.x[0], a[0][step], b.at(16 * step), kAccumulate || step > kFrom / 16);
   ptx::wgmma_commit();
 }
 
