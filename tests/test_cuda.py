@@ -733,10 +733,10 @@ def test_float32_is_refused(rng, kind):
 
 @pytest.fixture
 def large_memory(device):
-    """60 GB for arrays of more than 2^31 elements."""
+    """45 GB for arrays of more than 2^31 elements."""
     stats = device.memory_stats() or {}
-    if stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) < 60e9:
-        pytest.skip("needs 60 GB of the GPU's memory")
+    if stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) < 45e9:
+        pytest.skip("needs 45 GB of the GPU's memory")
 
 
 def large(key: int, *shape: int) -> jax.Array:
@@ -781,7 +781,8 @@ def test_more_than_2_to_31_elements_in_many_batch_entries(rng):
 
     @jax.jit
     def run(q):
-        out, vjp = jax.vjp(lambda q: flash_attention(q, q, q, is_causal=True), q)
+        k = q[:, :, :1]
+        out, vjp = jax.vjp(lambda q: flash_attention(q, k, k, is_causal=True), q)
         return out[-5:], vjp(out)[0][-5:]
 
     assert_near(run(q), run(q[-5:]), BF16)
