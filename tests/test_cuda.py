@@ -777,6 +777,7 @@ def test_more_than_2_to_31_elements_of_key_and_value(rng):
 
 @pytest.mark.usefixtures("large_memory")
 def test_more_than_2_to_31_elements_in_many_batch_entries(rng):
+    """Of queries; keys that large would leave a GPU of 80 GB no room for the gradients."""
     q = large(2, 2**15 + 9, 8, 128, 64)
 
     @jax.jit

@@ -117,8 +117,8 @@ Tiling dbias_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   if (head_dim > 128) return {64, 64, 4, 2, small ? 1 : 2, 1};
   if (small && head_dim > 64) return {64, 64, 4, 2, 2, 1};
   if (is_crowded(c) || !c.bias_tiled) return {64, 128, 8, 2, 2, 1};
-  // Two thread blocks a multiprocessor, one of which computes while the other one waits for its operands.
-  if (head_dim <= 64 || arch.max_shared_bytes >= 220 * 1024) return {64, 128, 4, 1, 2, 2};
+  // Two thread blocks a multiprocessor where they fit: one computes while the other one waits for its operands.
+  if (head_dim <= (small ? 32 : 64) || arch.max_shared_bytes >= 220 * 1024) return {64, 128, 4, 1, 2, 2};
   return {128, 128, 8, 2, 2, 1};
 }
 

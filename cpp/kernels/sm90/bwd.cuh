@@ -36,10 +36,10 @@ struct BwdStorage {
   using Bias = BiasTile<kC>;
   using Stages = Ring<kC.num_stages>;
   using Scores = Ring<score_buffers(kC)>;
-  // Offsets in bytes. Of P^T too, if warps_d = 2.
+  // Offsets in bytes: at kDs buffers of dS^T, at kP of P^T if warps_d = 2.
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
   static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + score_buffers(kC) * S::kBytes;
-  static constexpr int32 kBias = kP + (kC.warps_d == 2 ? 2 * S::kBytes : 0);
+  static constexpr int32 kBias = kP + (kC.warps_d == 2 ? score_buffers(kC) * S::kBytes : 0);
   static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
   static constexpr int32 kLse = kBias + kC.num_stages * kBiasBytes;
   static constexpr int32 kDelta = kLse + kC.num_stages * 4 * kC.block_q;
@@ -51,6 +51,7 @@ struct BwdStorage {
   static_assert(kRowBarriers + kBarrierBytes == shared_bytes(kC));
 };
 
+// Of all that compute, when rows of K and V are zeroed, and of each warpgroup.
 enum BwdBarrier : int32 { kComputing = 1, kOwnWarpgroup = 2 };
 
 template <KernelConfig kC>
@@ -265,15 +266,15 @@ struct Bwd {
   struct Rings {
     typename Storage::Stages rows;
     Ring<1> kv_ring, turns;
-    typename Storage::Scores scores;       // dS^T of this step
-    typename Storage::Scores last_scores;  // of the step before; the first one's is nobody's, but full
+    typename Storage::Scores scores;      // dS^T of this step
+    typename Storage::Scores due_scores;  // of the step before, whose dQ is due; at first a buffer that nobody wrote
 
     __forceinline__ explicit Rings(uint32 base)
         : rows(base + Storage::kRowBarriers),
           kv_ring(base + Storage::kKvBarriers),
           turns(base + Storage::kTurnBarriers),
           scores(base + Storage::kScoreBarriers),
-          last_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1) {}
+          due_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1) {}
   };
 
   // A warp that computes.
@@ -288,7 +289,7 @@ struct Bwd {
 
   static __forceinline__ void compute_block(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
                                             int32 warpgroup, Rings& rings) {
-    auto& [rows, kv_ring, turns, scores, last_scores] = rings;
+    auto& [rows, kv_ring, turns, scores, due_scores] = rings;
     const Sequence& seq = block.seq;
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
     const int32 warp_in_group = thread % 128 / 32;
@@ -347,15 +348,16 @@ struct Bwd {
       float* accum = uniform(accum_block_of<kBatchAxes>(p, seq, 0, 0));
       auto add_dq = [&](const Dq& dq, int32 head, int32 q_row) {
         if constexpr (kC.deterministic) turns.wait_full();
-        float* block = accum + head * p.dq_accum.head_stride + (q_row + dq_row) / kAccumRows * p.dq_accum.row_stride;
-        add_to_dq<kC, 1>(p, seq, block, dq, q_row + dq_row, 16 * warp_in_group, dq_col);
+        // Rows of whole blocks of kAccumRows lie the same way behind row 0 in every sequence.
+        float* place = accum + head * p.dq_accum.head_stride + (q_row + dq_row) / kAccumRows * p.dq_accum.row_stride;
+        add_to_dq<kC, 1>(p, seq, place, dq, q_row + dq_row, 16 * warp_in_group, dq_col);
         if constexpr (kC.deterministic) {
           __syncwarp();  // all lanes have added
           release(turns);
         }
       };
       // With warps_d = 1, the step whose dQ is due: its head, or -1 if there is none, and its queries.
-      int32 last_head = -1, last_row = 0;
+      int32 due_head = -1, due_row = 0;
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const int32 head = step.head, q_row = step.n * kC.block_q;
@@ -423,13 +425,13 @@ struct Bwd {
         if (lane == 0) ptx::mbarrier_arrive(scores.full());
         if constexpr (kD == 1) {
           // In the first step a product of anything, as around a branch the compiler would wait for every one.
-          last_scores.wait_full();
-          issue_dq(dq, last_scores.stage());
-          last_scores.advance();
+          due_scores.wait_full();
+          issue_dq(dq, due_scores.stage());
+          due_scores.advance();
           issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(q_tile));
           wait_gemm<1>(dq);
-          if (last_head >= 0) add_dq(dq, last_head, last_row);
-          last_head = head, last_row = q_row;
+          if (due_head >= 0) add_dq(dq, due_head, due_row);
+          due_head = head, due_row = q_row;
         } else {
           scores.wait_full();
           issue_dq(dq, scores.stage());
@@ -443,12 +445,14 @@ struct Bwd {
         ptx::settled(dv_sum.x[0]);
         release(rows);
       }
-      if (last_head >= 0) {
-        Dq dq;
-        last_scores.wait_full();
-        issue_dq(dq, last_scores.stage());
-        wait_gemm<0>(dq);
-        add_dq(dq, last_head, last_row);
+      if constexpr (kD == 1) {
+        if (due_head >= 0) {
+          Dq dq;
+          due_scores.wait_full();
+          issue_dq(dq, due_scores.stage());
+          wait_gemm<0>(dq);
+          add_dq(dq, due_head, due_row);
+        }
       }
       release(kv_ring);
     }

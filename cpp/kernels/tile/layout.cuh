@@ -162,8 +162,10 @@ __forceinline__ void gemm(Accumulator<kM, kN>& c, const A& a_operand, const B& b
     }
 }
 
+inline constexpr int32 kToEnd = 1 << 30;  // as the end of a range of columns
+
 // An accumulator of [kM, kN] as the A operand of the next product, or of it the columns [kFrom, kTo).
-template <DType kDType, int32 kFrom = 0, int32 kTo = 1 << 30, int32 kM, int32 kN>
+template <DType kDType, int32 kFrom = 0, int32 kTo = kToEnd, int32 kM, int32 kN>
 __forceinline__ void pack(uint32 (&a)[kM / 16][kN / 16][4], const Accumulator<kM, kN>& c) {
 #pragma unroll
   for (int32 m = 0; m < kM / 16; ++m)
@@ -201,13 +203,13 @@ struct TileWriter {
                          ptx::pack<kDType>(c.x[m][n][2 * h] * f, c.x[m][n][2 * h + 1] * f));
       }
   }
-  // Writes fragments as pack() leaves them.
-  template <int32 kFrom = 0, int32 kTo = 1 << 30, int32 kM, int32 kN>
+  // Writes fragments as pack() leaves them, or of them the columns [kFrom, kTo).
+  template <int32 kFrom = 0, int32 kTo = kToEnd, int32 kM, int32 kN>
   __forceinline__ void store(const uint32 (&a)[kM][kN][4]) const {
 #pragma unroll
     for (int32 m = 0; m < kM; ++m)
 #pragma unroll
-      for (int32 n = kFrom / 16; n < min_of(kTo / 16, kN); ++n)
+      for (int32 n = kFrom / 16; n < min_of(kTo, 16 * kN) / 16; ++n)
 #pragma unroll
         for (int32 i = 0; i < 4; ++i) ptx::st_shared(place.at(16 * m + i % 2 * 8, 16 * n + i / 2 * 8), a[m][n][i]);
   }

@@ -1,4 +1,4 @@
-// Rings of buffers in shared memory, which one warp fills by the copy engine and others read.
+// Rings of buffers in shared memory, which some fill, mostly one warp by the copy engine, and others read.
 #pragma once
 
 #include "common/types.h"
@@ -21,6 +21,7 @@ class Ring {
     }
   }
 
+  // A reader that starts at the last stage with parity 1 finds one full buffer in front of the first.
   __forceinline__ explicit Ring(uint32 barriers, int32 stage = 0, uint32 parity = 0)
       : barriers_(barriers), stage_(stage), parity_(parity) {}
 

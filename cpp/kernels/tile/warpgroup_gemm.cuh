@@ -48,7 +48,8 @@ struct ColsOperand {
   __forceinline__ uint64 at(int32 k) const { return descriptor.plus(k * T::kRowBytes); }
 };
 
-// A value that is the same in all lanes, so that the compiler knows it: descriptors are to be in uniform registers.
+// A value that is the same in all lanes, so that the compiler knows it: descriptors and addresses are to be in uniform
+// registers.
 __forceinline__ int32 uniform(int32 x) {
   return __shfl_sync(~0u, x, 0);
 }
@@ -68,11 +69,11 @@ __forceinline__ void issue_gemm(Accumulator<16, kN>& c, const A& a, const B& b) 
 }
 
 // The same with A in registers, as pack() leaves it, or of it the columns [kFrom, kTo).
-template <DType kDType, bool kAccumulate, int32 kFrom = 0, int32 kTo = 1 << 30, int32 kN, int32 kSteps, class B>
+template <DType kDType, bool kAccumulate, int32 kFrom = 0, int32 kTo = kToEnd, int32 kN, int32 kSteps, class B>
 __forceinline__ void issue_gemm(Accumulator<16, kN>& c, const uint32 (&a)[1][kSteps][4], const B& b) {
   ptx::wgmma_fence();
 #pragma unroll
-  for (int32 step = kFrom / 16; step < min_of(kTo / 16, kSteps); ++step)
+  for (int32 step = kFrom / 16; step < min_of(kTo, 16 * kSteps) / 16; ++step)
     ptx::wgmma_rs<kDType, B::kTransposed>(c.x[0], a[0][step], b.at(16 * step), kAccumulate || step > kFrom / 16);
   ptx::wgmma_commit();
 }
