@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <optional>
 
@@ -151,9 +150,7 @@ int32 multiprocessors_of(int32 device) {
 
 void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream stream, const void* params) {
   if (grid_x == 0) return;
-  if (grid_x > std::numeric_limits<int32>::max())
-    throw Error(Error::Code::kUnimplemented,
-                "the problem is too large: it takes " + std::to_string(grid_x) + " thread blocks");
+  check_count(grid_x);
   void* arguments[] = {const_cast<void*>(params)};
   check_driver(driver().cuLaunchKernel(function, unsigned(grid_x), 1, 1, unsigned(threads), 1, 1,
                                        unsigned(shared_bytes), stream, arguments, nullptr),

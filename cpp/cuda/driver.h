@@ -2,6 +2,7 @@
 // here may be linked and called on machines without one; what needs it then throws Error.
 #pragma once
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -51,6 +52,13 @@ const DriverApi& driver();
 
 // Throws Error, with the driver's own words, if `result` of driver function `name` is one.
 void check_driver(int result, const char* name);
+
+// Throws Error if there are more thread blocks, or units of their work, than 31 bits can count.
+inline void check_count(int64 blocks) {
+  if (blocks > std::numeric_limits<int32>::max())
+    throw Error(Error::Code::kUnimplemented,
+                "the problem is too large: it takes " + std::to_string(blocks) + " thread blocks");
+}
 
 // Enqueues a kernel whose one parameter is the struct at `params`, which is read before the call returns.
 void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream stream, const void* params);
