@@ -121,9 +121,9 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
 }
 
 // Hopper's backward: buffers of dS, and of P where that goes through shared memory too. With warps_d = 1 a step reads
-// dS of the step before. No barrier says that a buffer is free, as who writes dS of step j has waited until all had
-// written that of step j - 2: they are done with step j - 3, which read j - 4. With warps_d = 2 he has waited for j -
-// 1, and they are done with step j - 2.
+// dS of the step before. No barrier says that a buffer is free: who writes dS of step j has waited until all had
+// written that of step j - 2, and so were done with step j - 3, which read j - 4. With warps_d = 2 the wait is for
+// step j - 1, and all are done with step j - 2.
 static constexpr int32 score_buffers(const KernelConfig& c) {
   return c.warps_d == 1 ? 4 : 2;
 }

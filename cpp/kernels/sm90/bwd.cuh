@@ -339,18 +339,19 @@ struct Bwd {
 #pragma unroll
         for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
       }
-      // dQ = dS K, from a buffer of everyone's dS^T, and its addition to what other thread blocks have found.
+      // dQ = dS K, from a buffer once it has everyone's dS^T, and its addition to what other thread blocks have found.
       using Dq = Accumulator<16, kC.head_dim / kDqShares>;
-      auto issue_dq = [&](Dq& dq, int32 buffer) {
-        issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<S>(base + Storage::kDs + buffer * S::kBytes, dq_row),
+      auto issue_dq = [&](Dq& dq, const typename Storage::Scores& buffer) {
+        buffer.wait_full();
+        const uint32 tile = base + Storage::kDs + buffer.stage() * S::kBytes;
+        issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<S>(tile, dq_row),
                                                ColsOperand<K>(base + Storage::kK, dq_col));
       };
       float* accum = uniform(accum_block_of<kBatchAxes>(p, seq, 0, 0));
       auto add_dq = [&](const Dq& dq, int32 head, int32 q_row) {
         if constexpr (kC.deterministic) turns.wait_full();
-        // Rows of whole blocks of kAccumRows lie the same way behind row 0 in every sequence.
-        float* place = accum + head * p.dq_accum.head_stride + (q_row + dq_row) / kAccumRows * p.dq_accum.row_stride;
-        add_to_dq<kC, 1>(p, seq, place, dq, q_row + dq_row, 16 * warp_in_group, dq_col);
+        const int32 row = q_row + dq_row;
+        add_to_dq<kC, 1>(p, seq, accum_block_behind(p, accum, head, row), dq, row, 16 * warp_in_group, dq_col);
         if constexpr (kC.deterministic) {
           __syncwarp();  // all lanes have added
           release(turns);
@@ -425,16 +426,14 @@ struct Bwd {
         if (lane == 0) ptx::mbarrier_arrive(scores.full());
         if constexpr (kD == 1) {
           // In the first step a product of anything, as around a branch the compiler would wait for every one.
-          due_scores.wait_full();
-          issue_dq(dq, due_scores.stage());
+          issue_dq(dq, due_scores);
           due_scores.advance();
           issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(q_tile));
           wait_gemm<1>(dq);
           if (due_head >= 0) add_dq(dq, due_head, due_row);
           due_head = head, due_row = q_row;
         } else {
-          scores.wait_full();
-          issue_dq(dq, scores.stage());
+          issue_dq(dq, scores);
           issue_gemm<kDType, kC.block_q, true>(dv_sum, RowsOperand<S>(base + p_tile), ColsOperand<O>(do_tile, dv_col));
           issue_gemm<kDType, kC.block_q, true>(dk_sum, RowsOperand<S>(base + ds_tile), ColsOperand<Q>(q_tile, dk_col));
           wait_gemm<2>(dq);
@@ -448,8 +447,7 @@ struct Bwd {
       if constexpr (kD == 1) {
         if (due_head >= 0) {
           Dq dq;
-          due_scores.wait_full();
-          issue_dq(dq, due_scores.stage());
+          issue_dq(dq, due_scores);
           wait_gemm<0>(dq);
           add_dq(dq, due_head, due_row);
         }
