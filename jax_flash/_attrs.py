@@ -121,8 +121,11 @@ def backward_axes() -> dict[str, str]:
 
 
 def backward_scratch_axes(attrs: Attrs) -> dict[str, str]:
-    """Likewise of the backward call. U is the number of 16-row blocks of dq_accum, F that of floats in one."""
-    return {"dq_accum": "NUF"} | ({"tickets": "NT"} if attrs.deterministic else {})
+    """Likewise of the backward call.
+
+    U is the number of 16-row blocks of dq_accum, F that of floats in one; G and E those of 128-row blocks of statistics.
+    """
+    return {"dq_accum": "NUF", "statistics": "NGE"} | ({"tickets": "NT"} if attrs.deterministic else {})
 
 
 def bias_gradient_axes() -> dict[str, str]:

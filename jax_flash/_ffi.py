@@ -102,12 +102,13 @@ def _result_types(target: str, attrs: Attrs, operands: Arrays) -> dict[str, jax.
         sizes.update(zip(axes, x.shape[x.ndim - len(axes) :], strict=True))
     sizes["B"] = sizes.get("C", 2) - 1
     sizes["U"], sizes["F"] = sizes["T"] // 16 + sizes["B"], 16 * (sizes["H"] + 7 & -8)
+    sizes["G"], sizes["E"] = sizes["T"] // 128 + sizes["B"], 2 * 128
 
     def result_type(name: str, axes: str) -> jax.ShapeDtypeStruct:
         if name == "bias":
             bias = operands["bias"]
             return compat.result_type(*bias_gradient_type(bias.shape, bias.dtype, (sizes["T"], sizes["S"])), operands)
-        float32 = name in ("lse", "delta", "probs", "dq_accum")
+        float32 = name in ("lse", "delta", "probs", "dq_accum", "statistics")
         dtype = jnp.float32 if float32 else jnp.int32 if name in ("next_unit", "tickets") else query.dtype
         return compat.result_type((*batch, *(sizes[a] for a in axes)), dtype, operands)
 

@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <nvrtc.h>
 
+#include <cstddef>
 #include <type_traits>
 
 // Whether a caller cannot tell two types apart: handles are pointers to whatever, enums are int.
@@ -50,5 +51,21 @@ SAME(kTensorMapSwizzle64, CU_TENSOR_MAP_SWIZZLE_64B);
 SAME(kTensorMapSwizzle128, CU_TENSOR_MAP_SWIZZLE_128B);
 SAME(kTensorMapPromoteL2To256, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 SAME(kTensorMapFillZeros, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+SAME(kEarlyStart, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+
+#define SAME_STRUCT(ours, theirs) static_assert(sizeof(flash::cuda::ours) == sizeof(theirs), #ours)
+#define SAME_PLACE(ours, field, theirs, their_field) \
+  static_assert(offsetof(flash::cuda::ours, field) == offsetof(theirs, their_field), #ours "::" #field)
+SAME_STRUCT(LaunchAttribute, CUlaunchAttribute);
+SAME_PLACE(LaunchAttribute, id, CUlaunchAttribute, id);
+SAME_PLACE(LaunchAttribute, value, CUlaunchAttribute, value.programmaticStreamSerializationAllowed);
+SAME_STRUCT(LaunchConfig, CUlaunchConfig);
+SAME_PLACE(LaunchConfig, grid_x, CUlaunchConfig, gridDimX);
+SAME_PLACE(LaunchConfig, block_x, CUlaunchConfig, blockDimX);
+SAME_PLACE(LaunchConfig, block_z, CUlaunchConfig, blockDimZ);
+SAME_PLACE(LaunchConfig, shared_bytes, CUlaunchConfig, sharedMemBytes);
+SAME_PLACE(LaunchConfig, stream, CUlaunchConfig, hStream);
+SAME_PLACE(LaunchConfig, attributes, CUlaunchConfig, attrs);
+SAME_PLACE(LaunchConfig, num_attributes, CUlaunchConfig, numAttrs);
 static_assert(sizeof(flash::TensorMap) == sizeof(CUtensorMap) && alignof(flash::TensorMap) >= alignof(CUtensorMap));
 static_assert(sizeof(flash::cuda::DevicePointer) == sizeof(CUdeviceptr));

@@ -69,6 +69,6 @@ int cuGetExportTable(const void** table, const void* id) {
   return 500;
 }
 
-int cuLaunchKernel() { return 0; }
+int cuLaunchKernelEx() { return 0; }
 int cuMemsetD8Async() { return 0; }
 int cuTensorMapEncodeTiled() { return 0; }

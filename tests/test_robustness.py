@@ -428,6 +428,7 @@ BACKWARD = (
         "value": ((2, S, K, H), F32),
         "delta": ((2, N, T), F32),
         "dq_accum": ((2, N, T // 16 + 1, 16 * -(-H // 8) * 8), F32),
+        "statistics": ((2, N, T // 128 + 1, 256), F32),
     },
 )
 DBIAS = (
@@ -498,6 +499,7 @@ MISUSE = [
     (BACKWARD, {}, {"delta": ABSENT, "dq_accum": ABSENT}, {}, "delta is not among the results"),
     (BACKWARD, {}, {"dq_accum": ABSENT}, {}, "dq_accum is not among the results"),
     (BACKWARD, {}, {"dq_accum": ((2, N, T // 16, 128), F32)}, {}, "dq_accum has size"),
+    (BACKWARD, {}, {"statistics": ((2, N, T // 128, 256), F32)}, {}, "statistics has size"),
     (BACKWARD, {}, {}, {"deterministic": True}, "tickets is not among the results"),
     (DBIAS, {"bias": ABSENT}, {}, {}, "bias is missing"),
     (DBIAS, {"delta": ABSENT}, {}, {}, "delta is missing"),

@@ -81,8 +81,8 @@ struct BwdProblem : Problem {
   View dq, dk, dv;
   View delta;  // [batch, head, row] float32: rowsum(dO * O) - dLSE
   // Scratch memory of the CUDA kernels, without meaning to the caller. Not zero when the call starts.
-  View dq_accum;  // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh
-  int64 dq_accum_elements;
+  View dq_accum;    // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh
+  View statistics;  // [batch, head, block, float] float32: lse and delta for the main kernel, see there too
   View tickets;  // [batch, head, row] int32, if deterministic: whose turn it is to add to the block that starts there
 };
 

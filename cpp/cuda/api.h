@@ -16,11 +16,26 @@ using Program = struct ProgramTag*;
 using DevicePointer = unsigned long long;
 using DriverTensorMap = struct DriverTensorMapTag*;  // to 128 bytes
 
+// CUlaunchAttribute, of whose values only int are used, and CUlaunchConfig.
+struct LaunchAttribute {
+  int id;
+  char padding[4];
+  int value;
+  char more[60];
+};
+struct LaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  Stream stream;
+  const LaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+
 inline constexpr int kErrorCompilation = 6;           // NVRTC_ERROR_COMPILATION
 inline constexpr int kComputeCapabilityMajor = 75;    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 inline constexpr int kComputeCapabilityMinor = 76;    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 inline constexpr int kMultiprocessorCount = 16;       // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 inline constexpr int kMaxDynamicSharedSizeBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+inline constexpr int kEarlyStart = 6;                 // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 inline constexpr int kTensorMapBf16 = 9;              // CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 inline constexpr int kTensorMapF16 = 6;               // CU_TENSOR_MAP_DATA_TYPE_FLOAT16
 inline constexpr int kTensorMapNoInterleave = 0;      // CU_TENSOR_MAP_INTERLEAVE_NONE
@@ -44,8 +59,7 @@ inline constexpr int kTensorMapFillZeros = 0;         // CU_TENSOR_MAP_FLOAT_OOB
   X(int, cuLibraryGetKernel, Kernel* kernel, Library library, const char* name)                                     \
   X(int, cuKernelSetAttribute, int attribute, int value, Kernel kernel, int device)                                 \
   X(int, cuKernelGetFunction, Function* function, Kernel kernel)                                                    \
-  X(int, cuLaunchKernel, Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,    \
-    unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream, void** params, void** extra)          \
+  X(int, cuLaunchKernelEx, const LaunchConfig* config, Function function, void** params, void** extra)              \
   X(int, cuMemsetD8Async, DevicePointer data, unsigned char value, size_t bytes, Stream stream)                     \
   X(int, cuTensorMapEncodeTiled, DriverTensorMap map, int data_type, unsigned rank, void* data, const uint64* dims, \
     const uint64* strides, const unsigned* box, const unsigned* element_strides, int interleave, int swizzle,       \

@@ -66,6 +66,7 @@ BwdProblem with_few_batch_axes(const BwdProblem& problem) {
                   &P::dv,
                   &P::delta,
                   &P::dq_accum,
+                  &P::statistics,
                   &P::tickets});
   return p;
 }

@@ -34,6 +34,13 @@ DriverApi open_driver() {
   return api;
 }
 
+// 13000 is CUDA 13.0.
+int driver_version_number() {
+  int version = 0;
+  check_driver(driver().cuDriverGetVersion(&version), "cuDriverGetVersion");
+  return version;
+}
+
 struct Device {
   int32 sm;
   int32 multiprocessors;
@@ -98,8 +105,7 @@ void check_driver(int result, const char* name) {
 }
 
 std::string driver_version() {
-  int version = 0;
-  check_driver(driver().cuDriverGetVersion(&version), "cuDriverGetVersion");
+  const int version = driver_version_number();
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
@@ -148,13 +154,20 @@ int32 multiprocessors_of(int32 device) {
   return device_at(device).multiprocessors;
 }
 
-void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream stream, const void* params) {
+bool can_start_early(int32 device) {
+  static const bool in_graphs = driver_version_number() >= 12030;
+  return in_graphs && device_at(device).sm >= 90;
+}
+
+void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream stream, const void* params,
+            bool starts_early) {
   if (grid_x == 0) return;
   check_count(grid_x);
   void* arguments[] = {const_cast<void*>(params)};
-  check_driver(driver().cuLaunchKernel(function, unsigned(grid_x), 1, 1, unsigned(threads), 1, 1,
-                                       unsigned(shared_bytes), stream, arguments, nullptr),
-               "cuLaunchKernel");
+  const LaunchAttribute attribute = {kEarlyStart, {}, 1, {}};
+  const LaunchConfig config = {unsigned(grid_x),       1,      1,          unsigned(threads), 1, 1,
+                               unsigned(shared_bytes), stream, &attribute, starts_early};
+  check_driver(driver().cuLaunchKernelEx(&config, function, arguments, nullptr), "cuLaunchKernelEx");
 }
 
 void set_zero(void* data, int64 bytes, Stream stream) {

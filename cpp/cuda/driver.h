@@ -60,8 +60,13 @@ inline void check_count(int64 blocks) {
                 "the problem is too large: it takes " + std::to_string(blocks) + " thread blocks");
 }
 
-// Enqueues a kernel whose one parameter is the struct at `params`, which is read before the call returns.
-void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream stream, const void* params);
+// Whether a kernel on the device can start before the one in front of it has ended, also where both are captured.
+bool can_start_early(int32 device);
+
+// Enqueues a kernel whose one parameter is the struct at `params`, which is read before the call returns. starts_early:
+// it may do so, as it waits by itself (kernels/ptx/grid.cuh).
+void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream stream, const void* params,
+            bool starts_early = false);
 
 void set_zero(void* data, int64 bytes, Stream stream);
 

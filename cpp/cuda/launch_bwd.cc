@@ -1,4 +1,4 @@
-// The backward pass on a GPU: preprocess, the kernel proper, postprocess; and in front the zeroing of what they sum up.
+// The backward pass on a GPU: preprocess, the kernel proper, postprocess.
 #include "cuda/attention.h"
 #include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
@@ -8,7 +8,8 @@
 namespace flash::cuda {
 namespace {
 
-void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream) {
+void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream,
+                   bool starts_early) {
   HopperBwdProblem h = {p};
   const int64 batch = num_batch_entries(p);
   const int32 panel = panel_cols_of_q(c), panel_v = panel_cols_of_v(c);
@@ -18,7 +19,7 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
   h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
   if (c.bias_tiled) h.bias_map = tensor_map_of_bias(p, c);
   h.order = unit_order(p, c);
-  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h);
+  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
 
 }  // namespace
@@ -27,19 +28,18 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   const BwdProblem p = with_few_batch_axes(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));
   const Kernels& kernels = load(c, device);
-  const int64 entries = num_batch_entries(p), rows = entries * p.seqlen_q * p.num_heads;
-  set_zero(p.dq_accum.data, 4 * p.dq_accum_elements, stream);
-  if (p.tickets.data) set_zero(p.tickets.data, 4 * rows, stream);
-  launch(kernels.entry[0], ceil_div(rows, kRowKernelRows), kRowKernelThreads, 0, stream, &p);
+  const int64 entries = num_batch_entries(p);
+  int64 row_blocks = ceil_div(p.max_seqlen_q, kRowKernelRows) * p.num_heads * p.num_sequences * entries;
+  if (p.cu_seqlens_q.data) row_blocks += ceil_div(p.seqlen_q, kRowKernelThreads) * entries;
   int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
   if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;
+  const bool early = can_start_early(device);
+  launch(kernels.entry[0], row_blocks, kRowKernelThreads, 0, stream, &p);
   if (c.family == Family::kSm90 && blocks > 0)
-    launch_hopper(p, c, kernels.entry[1], blocks, stream);
+    launch_hopper(p, c, kernels.entry[1], blocks, stream, early);
   else
-    launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &p);
-  blocks = ceil_div(p.max_seqlen_q, kRowKernelRows) * p.num_heads * p.num_sequences * entries;
-  if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, kRowKernelThreads) * entries;
-  launch(kernels.entry[2], blocks, kRowKernelThreads, 0, stream, &p);
+    launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &p, early);
+  launch(kernels.entry[2], row_blocks, kRowKernelThreads, 0, stream, &p, early);
 }
 
 }  // namespace flash::cuda

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "common/config.h"
+
 namespace flash::ffi {
 namespace {
 
@@ -310,8 +312,11 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
     const int64 accum_blocks = p.seqlen_q / 16 + p.num_sequences, accum_floats = 16 * round_up(p.head_dim, 8);
     p.dq_accum =
         d.result(4, "dq_accum", {head, {&View::row_stride, accum_blocks}, {&View::col_stride, accum_floats}}, kF32);
-    p.dq_accum_elements = num_batch_entries(p) * p.num_heads * accum_blocks * accum_floats;
-    if (attrs.deterministic) p.tickets = d.result(5, "tickets", {head, row}, kS32);
+    const int64 statistics_blocks = p.seqlen_q / kRowKernelRows + p.num_sequences;
+    p.statistics = d.result(
+        5, "statistics",
+        {head, {&View::row_stride, statistics_blocks}, {&View::col_stride, int64{2} * kRowKernelRows}}, kF32);
+    if (attrs.deterministic) p.tickets = d.result(6, "tickets", {head, row}, kS32);
   }
   if (!d.ok()) return xf::Unexpected(d.error());
   return p;

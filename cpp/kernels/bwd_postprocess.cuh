@@ -4,6 +4,7 @@
 #include "common/config.h"
 #include "common/problem.h"
 #include "kernels/ptx/convert.cuh"
+#include "kernels/ptx/grid.cuh"
 #include "kernels/tile/sequence.cuh"
 
 namespace flash {
@@ -13,6 +14,7 @@ __forceinline__ void bwd_postprocess(const BwdProblem& p) {
   constexpr int32 kAxes = kC.num_batch_axes;
   const int32 head_dim = int32(p.head_dim), tiles = (head_dim + 7) / 8;
   const float scale = p.options.scale;
+  ptx::wait_for_last_grid();
   auto on_block = [&](const Sequence& s, int32 head, int32 row) {
     // A thread has 8 columns of a row and of the eighth row below it, which lie side by side in dq_accum.
     for (int32 item = threadIdx.x; item < kRowKernelRows / 2 * tiles; item += kRowKernelThreads) {

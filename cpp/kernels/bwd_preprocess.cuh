@@ -1,55 +1,84 @@
-// Before the backward: delta = rowsum(dO * O) - dLSE, the gradient of the logsumexp's shift.
+// Before the backward: what its main kernel reads of each row of queries, its lse and delta = rowsum(dO * O) - dLSE,
+// the gradient of the logsumexp's shift; and zeros where it sums up.
 #pragma once
 
 #include "common/config.h"
 #include "common/problem.h"
 #include "kernels/ptx/convert.cuh"
+#include "kernels/ptx/grid.cuh"
 #include "kernels/tile/sequence.cuh"
 
 namespace flash {
 
-// Eight threads share a row; rows are those of o in memory, [batch, row, head].
+// The part of rowsum(dO * O) of one of the eight threads that share a row.
+template <KernelConfig kC>
+__forceinline__ float partial_product(const BwdProblem& p, const uint16* o, const uint16* d_o, int32 part) {
+  float sum = 0.0f;
+  if constexpr (kC.aligned) {
+#pragma unroll
+    for (int32 c = 0; c < kC.head_dim_v; c += 64) {
+      const int32 col = c + part * 8;
+      if (col >= p.head_dim_v) continue;
+      const uint4 x = *reinterpret_cast<const uint4*>(o + col), y = *reinterpret_cast<const uint4*>(d_o + col);
+      const uint32 a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int32 i = 0; i < 4; ++i) {
+        sum += ptx::unpack<kC.dtype>(uint16(a[i])) * ptx::unpack<kC.dtype>(uint16(b[i]));
+        sum += ptx::unpack<kC.dtype>(uint16(a[i] >> 16)) * ptx::unpack<kC.dtype>(uint16(b[i] >> 16));
+      }
+    }
+  } else {
+    for (int32 c = part; c < p.head_dim_v; c += 8) sum += ptx::unpack<kC.dtype>(o[c]) * ptx::unpack<kC.dtype>(d_o[c]);
+  }
+  return sum;
+}
+
 template <KernelConfig kC>
 __forceinline__ void bwd_preprocess(const BwdProblem& p) {
   constexpr int32 kAxes = kC.num_batch_axes;
-  const int64 total = num_batch_entries(p) * p.seqlen_q * p.num_heads;
-  const int32 part = threadIdx.x % 8;
+  ptx::let_next_grid_start();
+  auto on_block = [&](const Sequence& s, int32 head, int32 row) {
+    auto address = [&]<class T>(const View& view, int32 i) {
+      return address_of<T, kAxes>(p, view, s.batch, head, s.q.begin + i);
+    };
+    // Eight threads share a row. All products come before what is written, so that many loads are under way at once.
+    constexpr int32 kRows = kRowKernelThreads / 8, kPasses = kRowKernelRows / kRows;
+    const int32 part = threadIdx.x % 8, first_row = threadIdx.x / 8;
+    float products[kPasses];
 #pragma unroll
-  for (int32 pass = 0; pass < kRowKernelRows; pass += kRowKernelThreads / 8) {
-    const int64 index = int64(blockIdx.x) * kRowKernelRows + pass + threadIdx.x / 8;
-    const bool inside = index < total;
-    const int64 head = index % p.num_heads, row = index / p.num_heads % p.seqlen_q,
-                batch = index / p.num_heads / p.seqlen_q;
-    float sum = 0.0f;
-    if (inside) {
-      const uint16* o = address_of<const uint16, kAxes>(p, p.o, batch, head, row);
-      const uint16* d_o = address_of<const uint16, kAxes>(p, p.d_o, batch, head, row);
-      if constexpr (kC.aligned) {
-#pragma unroll
-        for (int32 c = 0; c < kC.head_dim_v; c += 64) {
-          const int32 col = c + part * 8;
-          if (col >= p.head_dim_v) continue;
-          const uint4 x = *reinterpret_cast<const uint4*>(o + col), y = *reinterpret_cast<const uint4*>(d_o + col);
-          const uint32 a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-          for (int32 i = 0; i < 4; ++i) {
-            sum += ptx::unpack<kC.dtype>(uint16(a[i])) * ptx::unpack<kC.dtype>(uint16(b[i]));
-            sum += ptx::unpack<kC.dtype>(uint16(a[i] >> 16)) * ptx::unpack<kC.dtype>(uint16(b[i] >> 16));
-          }
-        }
-      } else {
-        for (int32 c = part; c < p.head_dim_v; c += 8)
-          sum += ptx::unpack<kC.dtype>(o[c]) * ptx::unpack<kC.dtype>(d_o[c]);
-      }
+    for (int32 pass = 0; pass < kPasses; ++pass) {
+      const int32 i = row + first_row + pass * kRows;
+      products[pass] = 0.0f;
+      if (i < s.q.used)
+        products[pass] = partial_product<kC>(p, address.template operator()<const uint16>(p.o, i),
+                                             address.template operator()<const uint16>(p.d_o, i), part);
     }
-    for (int32 lane = 1; lane < 8; lane *= 2) sum += __shfl_xor_sync(~0u, sum, lane);
-    if (inside && part == 0) {
+    char* statistics = reinterpret_cast<char*>(statistics_of<kAxes>(p, s, head, row));
+#pragma unroll
+    for (int32 pass = 0; pass < kPasses; ++pass) {
+      float sum = products[pass];
+      for (int32 lane = 1; lane < 8; lane *= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+      if (part != pass % 8) continue;  // each writes for another row
+      const int32 block_row = first_row + pass * kRows, i = row + block_row;
       // A row that sees no key (nor a sink) has no gradient, whatever stands in its cotangents.
-      const bool empty = *address_of<const float, kAxes>(p, p.lse, batch, head, row) == -kInfinity;
-      const float d_lse = *address_of<const float, kAxes>(p, p.d_lse, batch, head, row);
-      *address_of<float, kAxes>(p, p.delta, batch, head, row) = empty ? 0.0f : sum - d_lse;
+      const float lse = i < s.q.used ? *address.template operator()<const float>(p.lse, i) : -kInfinity;
+      const float delta = lse == -kInfinity ? 0.0f : sum - *address.template operator()<const float>(p.d_lse, i);
+      float* target = reinterpret_cast<float*>(statistics + statistics_offset(block_row));
+      target[0] = lse_in_log2(lse);
+      target[kDeltaBehindLse / 4] = delta;
+      if (i >= s.q.size) continue;
+      *address.template operator()<float>(p.delta, i) = delta;
+      if (p.tickets.data) *address.template operator()<int32>(p.tickets, i) = 0;
     }
-  }
+    const int32 accum_blocks = ceil_div(min_of(kRowKernelRows, s.q.size - row), kAccumRows);
+    float4* accum = reinterpret_cast<float4*>(accum_block_of<kAxes>(p, s, head, row));
+    for (int32 i = threadIdx.x; i < accum_blocks * int32(p.dq_accum.row_stride / 4); i += kRowKernelThreads)
+      accum[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+  };
+  for_each_block<kAxes, Side::kQueries, kRowKernelRows, kRowKernelThreads, false>(
+      p, on_block, [&](int64 batch, int64 row) {
+        for (int64 head = 0; head < p.num_heads; ++head) *address_of<float, kAxes>(p, p.delta, batch, head, row) = 0.0f;
+      });
 }
 
 }  // namespace flash

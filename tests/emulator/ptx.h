@@ -118,6 +118,11 @@ void cp_async_wait() {
   emulator::finish_copies(kPending);
 }
 
+// grid.cuh: kernels run one after the other.
+
+inline void let_next_grid_start() {}
+inline void wait_for_last_grid() {}
+
 // ldmatrix.cuh
 
 inline uint32 shared_address(const void* p) {
@@ -221,16 +226,27 @@ inline uint32 swizzled(uint32 address, uint32 span) {
   return address ^ (address >> 7 & (span / 16 - 1)) << 4;
 }
 
+// From now on until it has arrived, what is copied is poison.
+inline void begin_copy(uint32 shared, uint32 bytes) {
+  for (uint32 i = 0; i < bytes; i += 4) {
+    memset(emulator::shared_at(shared + i, 4), emulator::kPoison, 4);
+    emulator::in_flight[(shared - emulator::kSharedBase + i) / 4] = true;
+  }
+}
+
+inline void end_copy(uint32 bytes, uint32 barrier) {
+  emulator::Mbarrier& b = emulator::mbarrier_at(barrier);
+  b.bytes -= bytes;
+  emulator::end_phase_if_complete(b);
+}
+
 inline void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 c0, int32 c1, int32 c2, int32 c3) {
   const emulator::TensorBoxes boxes = reinterpret_cast<const emulator::TensorBoxes&>(map);
   const int32 start[4] = {c0, c1, c2, c3};
   const uint32 row_bytes = 2 * boxes.box[0], bytes = row_bytes * boxes.box[1];
   if (shared % 128) emulator::fail("the copy engine writes to byte %u, which is not aligned", shared);
   if (boxes.box[2] != 1 || boxes.box[3] != 1 || row_bytes != boxes.swizzle) emulator::fail("an unexpected tensor map");
-  for (uint32 i = 0; i < bytes; i += 4) {
-    memset(emulator::shared_at(shared + i, 4), emulator::kPoison, 4);
-    emulator::in_flight[(shared - emulator::kSharedBase + i) / 4] = true;
-  }
+  begin_copy(shared, bytes);
   const auto copy = [=] {  // by value: the kernel may end before it
     for (uint32 r = 0; r < boxes.box[1]; ++r)
       for (uint32 c = 0; c < boxes.box[0]; ++c) {
@@ -247,11 +263,21 @@ inline void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 
         memcpy(emulator::shared_memory + target, &x, 2);
         emulator::in_flight[target / 4] = false;
       }
-    emulator::Mbarrier& b = emulator::mbarrier_at(barrier);
-    b.bytes -= bytes;
-    emulator::end_phase_if_complete(b);
+    end_copy(bytes, barrier);
   };
   emulator::copy_engine.push_back(copy);
+}
+
+inline void bulk_load(uint32 shared, const void* global, uint32 bytes, uint32 barrier) {
+  if (shared % 16 || reinterpret_cast<uint64>(global) % 16 || bytes % 16)
+    emulator::fail("a bulk copy of %u bytes from %p to byte %u is not aligned", bytes, global, shared);
+  begin_copy(shared, bytes);
+  emulator::copy_engine.push_back([=] {
+    const uint32 target = shared - emulator::kSharedBase;
+    memcpy(emulator::shared_memory + target, global, bytes);
+    for (uint32 i = 0; i < bytes; i += 4) emulator::in_flight[(target + i) / 4] = false;
+    end_copy(bytes, barrier);
+  });
 }
 
 inline void prefetch_tensor_map(const TensorMap&) {}

@@ -136,6 +136,10 @@ int32 multiprocessors_of(int32) {
   return 3;  // so that a thread block that stays on its multiprocessor has something to do
 }
 
+bool can_start_early(int32) {
+  return false;
+}
+
 std::string name_of(const Arch& arch) {
   return "emulated_" + std::to_string(arch.sm);
 }
@@ -144,7 +148,7 @@ void set_zero(void* data, int64 bytes, Stream) {
   std::memset(data, 0, size_t(bytes));
 }
 
-void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream, const void* params) {
+void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream, const void* params, bool) {
   if (grid_x == 0) return;
   std::lock_guard lock(mutex);
   if (const char* error = reinterpret_cast<Entry>(function)(unsigned(grid_x), threads, shared_bytes, params))

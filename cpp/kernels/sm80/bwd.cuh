@@ -11,6 +11,7 @@
 
 #include "common/config.h"
 #include "common/problem.h"
+#include "kernels/ptx/grid.cuh"
 #include "kernels/tile/copy.cuh"
 #include "kernels/tile/gradient.cuh"
 #include "kernels/tile/rows.cuh"
@@ -27,11 +28,11 @@ struct BwdStorage {
   using Q = Tile<kC.block_q, kC.head_dim>;
   using O = Tile<kC.block_q, kC.head_dim_v>;
   using S = Tile<kC.block_kv, kC.block_q>;
-  // Offsets in bytes; buffers of q, dO, and lse and delta, by stage.
+  // Offsets in bytes; buffers of q, dO and the statistics, by stage.
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
   static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + (kC.warps_d > 1 ? S::kBytes : 0);
-  static constexpr int32 kLse = kP + S::kBytes, kDelta = kLse + kC.num_stages * 4 * kC.block_q;
-  static constexpr int32 kBias = kDelta + kC.num_stages * 4 * kC.block_q;
+  static constexpr int32 kStatistics = kP + S::kBytes, kStatisticsBytes = 8 * kC.block_q;  // lse, then delta
+  static constexpr int32 kBias = kStatistics + kC.num_stages * kStatisticsBytes;
   static constexpr int32 kEnd = kBias + (kC.bias_tiled ? BiasTile<kC>::kBytes : 0);
   static_assert(kEnd == shared_bytes(kC));
 };
@@ -90,18 +91,16 @@ struct BwdBlock {
     const int64 q_begin = seq.q.begin;
     struct {
       StridedRows q, d_o;
-      const float *lse, *delta;
+      const float* statistics;
       const uint16* bias;
     } source = {{address_of<const uint16, kBatchAxes>(p, p.q, seq.batch, first_head, q_begin), p.q.row_stride},
                 {address_of<const uint16, kBatchAxes>(p, p.d_o, seq.batch, first_head, q_begin), p.d_o.row_stride},
-                address_of<const float, kBatchAxes>(p, p.lse, seq.batch, first_head, q_begin),
-                address_of<const float, kBatchAxes>(p, p.delta, seq.batch, first_head, q_begin),
+                statistics_of<kBatchAxes>(p, seq, first_head, 0),
                 address_of<const uint16, kBatchAxes>(p, p.bias, seq.batch, first_head, 0)};
     auto next_head = [&] {
       source.q.first += p.q.head_stride;
       source.d_o.first += p.d_o.head_stride;
-      source.lse += p.lse.head_stride;
-      source.delta += p.delta.head_stride;
+      source.statistics += p.statistics.head_stride;
       source.bias += p.bias.head_stride;
     };
     auto load_queries = [&](int32 block, int32 stage) {
@@ -110,11 +109,13 @@ struct BwdBlock {
                                                                      source.q, row, seq.q.used, head_dim);
       load_tile<typename Storage::O, kC.aligned, kC.exact, kThreads>(base + Storage::kDo + stage * Storage::O::kBytes,
                                                                      source.d_o, row, seq.q.used, head_dim_v);
-      if (threadIdx.x < kC.block_q) {
-        const int32 i = row + int32(threadIdx.x), bytes = i < seq.q.used ? 4 : 0;
-        const uint32 target = base + Storage::kLse + 4 * (stage * kC.block_q + threadIdx.x);
-        ptx::cp_async_4(target, source.lse + i, bytes);
-        ptx::cp_async_4(target + Storage::kDelta - Storage::kLse, source.delta + i, bytes);
+      static_assert(kC.block_q <= kStatisticsRows);
+      constexpr int32 kLanes = kC.block_q / 4;  // that copy lse; as many copy delta
+      if (threadIdx.x < 2 * kLanes) {
+        const bool is_delta = threadIdx.x >= kLanes;
+        const char* from = reinterpret_cast<const char*>(source.statistics) + statistics_offset(row) +
+                           (is_delta ? kDeltaBehindLse : 0) + int32(threadIdx.x) % kLanes * 16;
+        ptx::cp_async_16(base + Storage::kStatistics + stage * Storage::kStatisticsBytes + 16 * threadIdx.x, from, 16);
       }
     };
     auto load_bias_tile = [&](int32 block) {
@@ -169,16 +170,14 @@ struct BwdBlock {
       ds.clear();
       gemm<kDType, kC.head_dim>(s, k_rows, RowsOfB<typename Storage::Q>{q_rows.reader.stage(stage)});
       gemm<kDType, kC.head_dim_v>(ds, v_rows, RowsOfB<typename Storage::O>{do_rows.reader.stage(stage)});
-      auto pair_of = [&](int32 statistics, int32 n) {
-        return *reinterpret_cast<const float2*>(
-            shared + statistics + 4 * (stage * kC.block_q + query_col + 8 * n + int32(threadIdx.x % 4) * 2));
+      auto pair_of = [&](int32 first, int32 n) {
+        return *reinterpret_cast<const float2*>(shared + Storage::kStatistics + stage * Storage::kStatisticsBytes +
+                                                4 * (first + query_col + 8 * n + int32(threadIdx.x % 4) * 2));
       };
       TileGradient<kC, kKeys, kQueries> gradient;
-      gradient.weights(s, p, in, kMasked, kv_row + key_row, q_row + query_col, bias, [&](int32 n) {
-        const float2 lse = pair_of(Storage::kLse, n);
-        return float2{lse_in_log2(lse.x), lse_in_log2(lse.y)};
-      });
-      gradient.scores(ds, s, p, [&](int32 n) { return pair_of(Storage::kDelta, n); });
+      gradient.weights(s, p, in, kMasked, kv_row + key_row, q_row + query_col, bias,
+                       [&](int32 n) { return pair_of(0, n); });
+      gradient.scores(ds, s, p, [&](int32 n) { return pair_of(kC.block_q, n); });
       gradient.drop(s);
 
       auto one = [](int32, int32) { return 1.0f; };
@@ -259,7 +258,8 @@ struct BwdBlock {
   static __forceinline__ void hide_rows_without_keys(uint32 base, const char* shared, int32 stage) {
     constexpr int32 kThreadsPerRow = kThreads / kC.block_q;
     const int32 row = threadIdx.x / kThreadsPerRow, part = threadIdx.x % kThreadsPerRow;
-    if (*reinterpret_cast<const float*>(shared + Storage::kLse + 4 * (stage * kC.block_q + row)) == -kInfinity) {
+    const char* lse = shared + Storage::kStatistics + stage * Storage::kStatisticsBytes + 4 * row;
+    if (*reinterpret_cast<const float*>(lse) == kNoKey) {
       using Q = typename Storage::Q;
       using O = typename Storage::O;
       zero_rows<Q>(base + Storage::kQ + stage * Q::kBytes, row, row + 1, part, kThreadsPerRow);
@@ -273,6 +273,8 @@ template <KernelConfig kC>
 __forceinline__ void bwd(const BwdProblem& p) {
   extern __shared__ __align__(1024) char shared[];
   constexpr int32 kAxes = kC.num_batch_axes;
+  ptx::let_next_grid_start();
+  ptx::wait_for_last_grid();
   for_each_block<kAxes, Side::kKeys, kC.block_kv, num_threads(kC), kC.deterministic>(
       p, [&](const Sequence& s, int32 head, int32 row) { BwdBlock<kC>::run(p, shared, s, head, row); },
       [&](int64 batch, int64 row) { define_stray<kAxes>(p, batch, row); });

@@ -2,8 +2,8 @@
 // docs/hopper_backward.md says why it looks as it does.
 //
 // A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all
-// query heads of the group. One warp copies Q and dO into rings of buffers, another one lse and delta, and if
-// deterministic a third one keeps the turns at dq. Two warpgroups compute. With warps_d = 1 each owns 64 keys: P^T
+// query heads of the group. One warp copies Q, dO, lse and delta into rings of buffers, and if deterministic another one
+// keeps the turns at dq. Two warpgroups compute. With warps_d = 1 each owns 64 keys: P^T
 // and dS^T are left operands straight from registers, and only dS^T goes through shared memory too, for dQ = dS K. That
 // is done a step late: the two need not meet, and the exponentials of one run beside the products of the other.
 // With warps_d = 2, for large head dims, both work on the same 64 keys: on half of the queries each in S^T and dP^T,
@@ -14,6 +14,7 @@
 
 #include "common/config.h"
 #include "common/problem.h"
+#include "kernels/ptx/grid.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/warpgroup.cuh"
 #include "kernels/tile/gradient.cuh"
@@ -41,9 +42,8 @@ struct BwdStorage {
   static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + score_buffers(kC) * S::kBytes;
   static constexpr int32 kBias = kP + (kC.warps_d == 2 ? score_buffers(kC) * S::kBytes : 0);
   static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
-  static constexpr int32 kLse = kBias + kC.num_stages * kBiasBytes;
-  static constexpr int32 kDelta = kLse + kC.num_stages * 4 * kC.block_q;
-  static constexpr int32 kRowBarriers = kDelta + kC.num_stages * 4 * kC.block_q;  // of q, dO, lse and delta
+  static constexpr int32 kStatistics = kBias + kC.num_stages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
+  static constexpr int32 kRowBarriers = kStatistics + kC.num_stages * kStatisticsBytes;  // of all that has stages
   static constexpr int32 kKvBarriers = kRowBarriers + Stages::kBytes;
   static constexpr int32 kTurnBarriers = kKvBarriers + Ring<1>::kBytes;
   static constexpr int32 kScoreBarriers = kTurnBarriers + Ring<1>::kBytes;
@@ -126,22 +126,21 @@ struct Bwd {
 
   static __forceinline__ void run(const HopperBwdProblem& p, char* shared) {
     const uint32 base = ptx::shared_address(shared);
+    ptx::let_next_grid_start();
     if (threadIdx.x == 0) {
-      // A thread fills a stage with q and dO, and the lanes of a warp with lse and delta.
-      Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps, 1 + 32);
+      Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kTurnBarriers, kC.num_warps);
       Storage::Scores::init(base + Storage::kScoreBarriers, kC.num_warps, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
+    ptx::wait_for_last_grid();
     if (threadIdx.x < 128) {
       ptx::setmaxnreg_dec<kCopyingRegisters>();
       if (threadIdx.x < 32)
         copy(p, base);
-      else if (threadIdx.x < 64)
-        copy_statistics(p, shared, base);
-      else if (kC.deterministic && threadIdx.x < 96)
+      else if (kC.deterministic && threadIdx.x < 64)
         keep_turns(p, base);
     } else {
       ptx::setmaxnreg_inc<kComputingRegisters>();
@@ -187,7 +186,11 @@ struct Bwd {
         if (first_lane) {
           const int32 row = seq.q.begin + step.n * kC.block_q;
           rows.wait_empty();
-          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + Storage::O::kBytes + Storage::kBiasBytes);
+          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + Storage::O::kBytes + Storage::kBiasBytes +
+                                                          Storage::kStatisticsBytes);
+          ptx::bulk_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes,
+                         statistics_of<kBatchAxes>(p, seq, step.head, step.n * kC.block_q), Storage::kStatisticsBytes,
+                         rows.full());
           load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
                                                         p.q_map, p.q, row, step.head);
           load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, rows.full(),
@@ -197,39 +200,6 @@ struct Bwd {
                                                              rows.full(), p.bias_map, p.bias, row,
                                                              p.bias.head_stride ? step.head : 0, block.kv_row);
         }
-        rows.advance();
-      }
-    };
-    visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
-  }
-
-  // The warp that brings lse, in units of log2, and delta. The copy engine cannot: rows need not start on 16 bytes.
-  static __forceinline__ void copy_statistics(const HopperBwdProblem& p, char* shared, uint32 base) {
-    typename Storage::Stages rows(base + Storage::kRowBarriers);
-    const int32 lane = threadIdx.x % 32;
-    auto copy_block = [&](const Block& block) {
-      if (block.is_empty()) return;
-      const Sequence& seq = block.seq;
-#pragma unroll 1
-      for (Steps step(p, block); step.exists(); step.advance()) {
-        const int32 row = step.n * kC.block_q;
-        const float* lse = address_of<const float, kBatchAxes>(p, p.lse, seq.batch, step.head, seq.q.begin);
-        const float* delta = address_of<const float, kBatchAxes>(p, p.delta, seq.batch, step.head, seq.q.begin);
-        float x[kC.block_q / 32], y[kC.block_q / 32];
-#pragma unroll
-        for (int32 i = 0; i < kC.block_q / 32; ++i) {
-          const int32 at = row + 32 * i + lane;
-          x[i] = at < seq.q.used ? lse_in_log2(lse[at]) : kNoKey;
-          y[i] = at < seq.q.used ? delta[at] : 0.0f;
-        }
-        rows.wait_empty();
-        float* target = reinterpret_cast<float*>(shared + Storage::kLse) + rows.stage() * kC.block_q + lane;
-#pragma unroll
-        for (int32 i = 0; i < kC.block_q / 32; ++i) {
-          target[32 * i] = x[i];
-          target[32 * i + (Storage::kDelta - Storage::kLse) / 4] = y[i];
-        }
-        ptx::mbarrier_arrive(rows.full());
         rows.advance();
       }
     };
@@ -368,9 +338,10 @@ struct Bwd {
         const int32 stage = rows.stage();
         const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
         const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
-        const int32 statistics = 4 * (stage * kC.block_q + query_col + lane % 4 * 2);
+        const int32 statistics =
+            Storage::kStatistics + stage * Storage::kStatisticsBytes + statistics_offset(query_col) + lane % 4 * 8;
         auto pair_of = [&](int32 offset, int32 i) {
-          return *reinterpret_cast<const float2*>(shared + offset + statistics + 32 * i);
+          return *reinterpret_cast<const float2*>(shared + statistics + statistics_offset(8 * i) + offset);
         };
         Accumulator<16, kQueries> s, ds;
         uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
@@ -396,7 +367,7 @@ struct Bwd {
             return NoBiasTile{};
         };
         gradient.weights(s, p, in, !is_full, key, query, bias_tile(),
-                         [&](int32 i) { return pair_of(Storage::kLse, i); });
+                         [&](int32 i) { return pair_of(0, i); });
         const int32 ds_tile = Storage::kDs + scores.stage() * S::kBytes;
         [[maybe_unused]] const int32 p_tile = Storage::kP + scores.stage() * S::kBytes;
         auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
@@ -410,7 +381,7 @@ struct Bwd {
             TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
             wait_gemm<0>(ds);
           }
-          gradient.template scores<kFrom, kTo>(ds, s, p, [&](int32 i) { return pair_of(Storage::kDelta, i); });
+          gradient.template scores<kFrom, kTo>(ds, s, p, [&](int32 i) { return pair_of(kDeltaBehindLse, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
           TileWriter<S>(base, ds_tile, warp_key, query_col).template store<kFrom, kTo>(dscores);
         };
@@ -479,7 +450,8 @@ struct Bwd {
                                                      int32 warpgroup, int32 thread) {
     constexpr int32 kThreadsPerRow = 128 / kC.block_q;
     const int32 row = thread / kThreadsPerRow;
-    if (*reinterpret_cast<const float*>(shared + Storage::kLse + 4 * (stage * kC.block_q + row)) == kNoKey) {
+    const char* lse = shared + Storage::kStatistics + stage * Storage::kStatisticsBytes + statistics_offset(row);
+    if (*reinterpret_cast<const float*>(lse) == kNoKey) {
       zero_rows<typename Storage::Q>(q_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
       zero_rows<typename Storage::O>(do_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
       ptx::fence_proxy_async();

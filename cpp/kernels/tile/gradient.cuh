@@ -8,13 +8,6 @@
 
 namespace flash {
 
-// In place of the lse of rows that see no key, so that 2^(s - lse) is 0 whatever s.
-inline constexpr float kNoKey = kInfinity;
-
-__forceinline__ float lse_in_log2(float lse) {
-  return lse == -kInfinity ? kNoKey : lse * kLog2e;
-}
-
 template <KernelConfig kC, int32 kM, int32 kN>
 class TileGradient {
  public:

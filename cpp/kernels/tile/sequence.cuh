@@ -4,6 +4,7 @@
 // and no cu_seqlens makes sequences overlap.
 #pragma once
 
+#include "common/config.h"
 #include "common/mask.h"
 #include "common/problem.h"
 #include "kernels/ptx/warp.cuh"
@@ -112,6 +113,30 @@ __forceinline__ float* accum_block_of(const BwdProblem& p, const Sequence& s, in
 // The same from `first`, that of head 0 and row 0 of the sequence.
 __forceinline__ float* accum_block_behind(const BwdProblem& p, float* first, int64 head, int32 row) {
   return first + head * p.dq_accum.head_stride + row / kAccumRows * p.dq_accum.row_stride;
+}
+
+// In place of the lse of rows that see no key, so that 2^(s - lse) is 0 whatever s.
+inline constexpr float kNoKey = kInfinity;
+
+__forceinline__ float lse_in_log2(float lse) {
+  return lse == -kInfinity ? kNoKey : lse * kLog2e;
+}
+
+// lse and delta as the backward reads them: for blocks of 64 queries their values of lse, in units of log2, and then of
+// delta. Every sequence starts kRowKernelRows of its own and fills up the last, so that whoever takes as many queries
+// at a time finds them side by side, and never anyone else's.
+inline constexpr int32 kStatisticsRows = 64;
+
+// Of the block that has `row` of the sequence.
+template <int32 kBatchAxes>
+__forceinline__ float* statistics_of(const BwdProblem& p, const Sequence& s, int64 head, int32 row) {
+  return address_of<float, kBatchAxes>(p, p.statistics, s.batch, head, s.q.begin / kRowKernelRows + s.index) +
+         row / kStatisticsRows * 2 * kStatisticsRows;
+}
+// Offset in bytes of a row's lse in several of them; that of its delta lies kDeltaBehindLse further on.
+inline constexpr int32 kDeltaBehindLse = 4 * kStatisticsRows;
+static constexpr int32 statistics_offset(int32 row) {
+  return row / kStatisticsRows * 2 * kDeltaBehindLse + 4 * (row % kStatisticsRows);
 }
 
 // A divisor that the host has not prepared.
