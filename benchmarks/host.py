@@ -53,26 +53,34 @@ def _chained(function: Callable[..., jax.Array], length: int) -> Callable[..., j
 class _Timed:
     """Calls of one function, in batches that are never so many that one has to wait.
 
-    Each call takes the place of its donated query, as a training step takes that of its state: where buffers moved, XLA
-    would have to update its graphs in every call.
+    Each call of a chain takes the place of its donated query, as a training step takes that of its state: where buffers
+    moved, XLA would have to update its graphs in every call. One call alone is no graph and donates nothing: attention
+    cannot write over its own query, so that XLA would copy the result there.
     """
 
     def __init__(self, function: Callable[..., jax.Array], qkv: jax.Array, length: int, options: dict[str, Any]):
-        self.step = jax.jit(_chained(function, length), donate_argnums=0, compiler_options=options)
+        self.donates = length > 1
+        donated = (0,) if self.donates else ()
+        self.step = jax.jit(_chained(function, length), donate_argnums=donated, compiler_options=options)
         self.query, *self.kv = (jnp.copy(x) for x in qkv)
         self.host: list[float] = []
         self.latency: list[float] = []
         for _ in range(2 * _IN_FLIGHT):  # XLA captures a graph in the second call
-            self.query = jax.block_until_ready(self.step(self.query, *self.kv))
+            jax.block_until_ready(self._call())
+
+    def _call(self) -> jax.Array:
+        result = self.step(self.query, *self.kv)
+        if self.donates:
+            self.query = result
+        return result
 
     def batch(self) -> None:
         start = time.perf_counter()
-        for _ in range(_IN_FLIGHT):
-            self.query = self.step(self.query, *self.kv)
+        results = [self._call() for _ in range(_IN_FLIGHT)]
         self.host.append((time.perf_counter() - start) / _IN_FLIGHT)
-        jax.block_until_ready(self.query)
+        jax.block_until_ready(results[-1])
         start = time.perf_counter()
-        self.query = jax.block_until_ready(self.step(self.query, *self.kv))
+        jax.block_until_ready(self._call())
         self.latency.append(time.perf_counter() - start)
 
     def microseconds(self) -> dict[str, float]:

@@ -48,9 +48,11 @@ __forceinline__ void bwd_postprocess(const BwdProblem& p) {
     }
   };
   for_each_block<kAxes, Side::kQueries, kRowKernelRows, kRowKernelThreads, false>(
-      p, on_block, [&](int64 batch, int64 row) {
+      p, on_block,
+      [&](int64 batch, int64 row) {
         for (int64 head = 0; head < p.num_heads; ++head) zero_row<kAxes>(p, p.dq, batch, head, row, head_dim);
-      });
+      },
+      uint32(p.num_heads));
 }
 
 }  // namespace flash

@@ -41,9 +41,17 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
     auto address = [&]<class T>(const View& view, int32 i) {
       return address_of<T, kAxes>(p, view, s.batch, head, s.q.begin + i);
     };
-    // Eight threads share a row. All products come before what is written, so that many loads are under way at once.
+    // Eight threads share a row in each of eight passes, and then each thread has one of their rows. All loads come
+    // first.
     constexpr int32 kRows = kRowKernelThreads / 8, kPasses = kRowKernelRows / kRows;
-    const int32 part = threadIdx.x % 8, first_row = threadIdx.x / 8;
+    static_assert(kPasses == 8);
+    const int32 part = threadIdx.x % 8, first_row = threadIdx.x / 8, own_row = first_row + part * kRows;
+    const int32 own = row + own_row;
+    float lse = -kInfinity, d_lse = 0.0f;
+    if (own < s.q.used) {
+      lse = *address.template operator()<const float>(p.lse, own);
+      d_lse = *address.template operator()<const float>(p.d_lse, own);
+    }
     float products[kPasses];
 #pragma unroll
     for (int32 pass = 0; pass < kPasses; ++pass) {
@@ -53,22 +61,20 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
         products[pass] = partial_product<kC>(p, address.template operator()<const uint16>(p.o, i),
                                              address.template operator()<const uint16>(p.d_o, i), part);
     }
-    char* statistics = reinterpret_cast<char*>(statistics_of<kAxes>(p, s, head, row));
+    float sum = 0.0f;
 #pragma unroll
     for (int32 pass = 0; pass < kPasses; ++pass) {
-      float sum = products[pass];
-      for (int32 lane = 1; lane < 8; lane *= 2) sum += __shfl_xor_sync(~0u, sum, lane);
-      if (part != pass % 8) continue;  // each writes for another row
-      const int32 block_row = first_row + pass * kRows, i = row + block_row;
-      // A row that sees no key (nor a sink) has no gradient, whatever stands in its cotangents.
-      const float lse = i < s.q.used ? *address.template operator()<const float>(p.lse, i) : -kInfinity;
-      const float delta = lse == -kInfinity ? 0.0f : sum - *address.template operator()<const float>(p.d_lse, i);
-      float* target = reinterpret_cast<float*>(statistics + statistics_offset(block_row));
-      target[0] = lse_in_log2(lse);
-      target[kDeltaBehindLse / 4] = delta;
-      if (i >= s.q.size) continue;
-      *address.template operator()<float>(p.delta, i) = delta;
-      if (p.tickets.data) *address.template operator()<int32>(p.tickets, i) = 0;
+      for (int32 lane = 1; lane < 8; lane *= 2) products[pass] += __shfl_xor_sync(~0u, products[pass], lane);
+      if (pass == part) sum = products[pass];
+    }
+    // A row that sees no key (nor a sink) has no gradient, whatever stands in its cotangents.
+    const float delta = lse == -kInfinity ? 0.0f : sum - d_lse;
+    char* statistics = reinterpret_cast<char*>(statistics_of<kAxes>(p, s, head, row)) + statistics_offset(own_row);
+    *reinterpret_cast<float*>(statistics) = lse_in_log2(lse);
+    *reinterpret_cast<float*>(statistics + kDeltaBehindLse) = delta;
+    if (own < s.q.size) {
+      *address.template operator()<float>(p.delta, own) = delta;
+      if (p.tickets.data) *address.template operator()<int32>(p.tickets, own) = 0;
     }
     const int32 accum_blocks = ceil_div(min_of(kRowKernelRows, s.q.size - row), kAccumRows);
     float4* accum = reinterpret_cast<float4*>(accum_block_of<kAxes>(p, s, head, row));
@@ -76,9 +82,11 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
       accum[i] = {0.0f, 0.0f, 0.0f, 0.0f};
   };
   for_each_block<kAxes, Side::kQueries, kRowKernelRows, kRowKernelThreads, false>(
-      p, on_block, [&](int64 batch, int64 row) {
+      p, on_block,
+      [&](int64 batch, int64 row) {
         for (int64 head = 0; head < p.num_heads; ++head) *address_of<float, kAxes>(p, p.delta, batch, head, row) = 0.0f;
-      });
+      },
+      uint32(p.num_heads));
 }
 
 }  // namespace flash

@@ -1,5 +1,5 @@
-// Programmatic dependent launch, from Hopper on: a kernel may be on the multiprocessors before the one in front of it in
-// the stream has ended, if the host says so (launch in cuda/driver.h). Elsewhere nothing of this does anything.
+// Programmatic dependent launch, from Hopper on: a kernel may be on the multiprocessors before the one in front of it
+// in the stream has ended, if the host says so (launch in cuda/driver.h). Elsewhere nothing of this does anything.
 #pragma once
 
 #include "common/types.h"

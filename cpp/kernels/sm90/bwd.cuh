@@ -2,12 +2,12 @@
 // docs/hopper_backward.md says why it looks as it does.
 //
 // A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all
-// query heads of the group. One warp copies Q, dO, lse and delta into rings of buffers, and if deterministic another one
-// keeps the turns at dq. Two warpgroups compute. With warps_d = 1 each owns 64 keys: P^T
-// and dS^T are left operands straight from registers, and only dS^T goes through shared memory too, for dQ = dS K. That
-// is done a step late: the two need not meet, and the exponentials of one run beside the products of the other.
-// With warps_d = 2, for large head dims, both work on the same 64 keys: on half of the queries each in S^T and dP^T,
-// on half of the columns in dK, dV and dQ, with P^T and dS^T from shared memory.
+// query heads of the group. One warp copies Q, dO, lse and delta into rings of buffers, and if deterministic another
+// one keeps the turns at dq. Two warpgroups compute. With warps_d = 1 each owns 64 keys: P^T and dS^T are left operands
+// straight from registers, and only dS^T goes through shared memory too, for dQ = dS K. That is done a step late: the
+// two need not meet, and the exponentials of one run beside the products of the other. With warps_d = 2, for large head
+// dims, both work on the same 64 keys: on half of the queries each in S^T and dP^T, on half of the columns in dK, dV
+// and dQ, with P^T and dS^T from shared memory.
 //
 // dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of it.
 #pragma once
@@ -186,8 +186,8 @@ struct Bwd {
         if (first_lane) {
           const int32 row = seq.q.begin + step.n * kC.block_q;
           rows.wait_empty();
-          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + Storage::O::kBytes + Storage::kBiasBytes +
-                                                          Storage::kStatisticsBytes);
+          ptx::mbarrier_arrive_expect_tx(
+              rows.full(), Storage::Q::kBytes + Storage::O::kBytes + Storage::kBiasBytes + Storage::kStatisticsBytes);
           ptx::bulk_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes,
                          statistics_of<kBatchAxes>(p, seq, step.head, step.n * kC.block_q), Storage::kStatisticsBytes,
                          rows.full());
@@ -366,8 +366,7 @@ struct Bwd {
           else
             return NoBiasTile{};
         };
-        gradient.weights(s, p, in, !is_full, key, query, bias_tile(),
-                         [&](int32 i) { return pair_of(0, i); });
+        gradient.weights(s, p, in, !is_full, key, query, bias_tile(), [&](int32 i) { return pair_of(0, i); });
         const int32 ds_tile = Storage::kDs + scores.stage() * S::kBytes;
         [[maybe_unused]] const int32 p_tile = Storage::kP + scores.stage() * S::kBytes;
         auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T

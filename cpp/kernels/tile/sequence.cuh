@@ -168,9 +168,9 @@ struct Units {
 
   __forceinline__ Units(const Problem& problem, const UnitOrder& order)
       : Units(problem, order.section, order.section_units, order.num_heads, order.num_sequences) {}
-  // Sections of one head.
-  __forceinline__ explicit Units(const Problem& problem)
-      : Units(problem, {1}, {blocks_of(problem)}, {heads_of(problem)}, {uint32(problem.num_sequences)}) {}
+  __forceinline__ Units(const Problem& problem, uint32 section)
+      : Units(problem, {section}, {section * blocks_of(problem)}, {heads_of(problem)},
+              {uint32(problem.num_sequences)}) {}
 
   __forceinline__ uint32 count() const {
     const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
@@ -228,16 +228,18 @@ struct Units {
         num_sequences(num_sequences) {}
 };
 
-// Does unit blockIdx.x with all of kThreads threads.
+// Does unit blockIdx.x with all of kThreads threads. Sections are of so many heads: of one for kernels that read their
+// operands many times, of all for those that go through memory once, in its order.
 template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kLateFirst, class OnBlock, class OnStray>
-__forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray) {
-  Units<kBatchAxes, kSide, kBlockRows, kThreads, kLateFirst, PlainDivisor>(p).visit(
-      blockIdx.x, threadIdx.x,
-      [&](const Sequence& s, int32 head, int32 row) {
-        on_block(s, head, row);
-        __syncthreads();
-      },
-      on_stray);
+__forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray, uint32 section = 1) {
+  Units<kBatchAxes, kSide, kBlockRows, kThreads, kLateFirst, PlainDivisor>(p, section)
+      .visit(
+          blockIdx.x, threadIdx.x,
+          [&](const Sequence& s, int32 head, int32 row) {
+            on_block(s, head, row);
+            __syncthreads();
+          },
+          on_stray);
 }
 
 }  // namespace flash
