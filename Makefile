@@ -62,8 +62,9 @@ test-gpu: $(GPU)/installed  ## the half of the tests that runs on the GPU, which
 	$(GPU)/bin/pytest -n $(GPU_WORKERS) $(GPU_OPTIONS) -k 'cuda and not 2_to_31' $(GPU_TESTS)
 	$(GPU)/bin/pytest $(GPU_OPTIONS) -k 'cuda and 2_to_31' tests/test_cuda.py  # one by one: each takes much of the memory
 
-# compute-sanitizer's four tools over a small subset of everything; it is part of the CUDA toolkit.
+# compute-sanitizer's four tools over a small subset of everything.
 test-sanitizer-gpu: $(GPU)/installed
+	$(GPU)/bin/pip install --quiet 'nvidia-cuda-sanitizer-api>=13.5'
 	$(GPU)/bin/python -P tests/sanitizer_subset.py
 
 bench-gpu: $(GPU)/installed  ## the GPU table and the host's cost; PyTorch is a peer where it is installed
