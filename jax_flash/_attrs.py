@@ -123,7 +123,8 @@ def backward_axes() -> dict[str, str]:
 def backward_scratch_axes(attrs: Attrs) -> dict[str, str]:
     """Likewise of the backward call.
 
-    U is the number of 16-row blocks of dq_accum, F that of floats in one; G and E those of 128-row blocks of statistics.
+    U is the number of 16-row blocks of dq_accum, F that of floats in one; G and E likewise those of the blocks of 128
+    rows of statistics.
     """
     return {"dq_accum": "NUF", "statistics": "NGE"} | ({"tickets": "NT"} if attrs.deterministic else {})
 

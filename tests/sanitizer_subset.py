@@ -180,7 +180,7 @@ def main() -> int:
         sanitizer = find_sanitizer()
         if not sanitizer:
             sys.exit(
-                "there is no compute-sanitizer: install nvidia-cuda-sanitizer-api, or put a CUDA toolkit's on the PATH"
+                "compute-sanitizer is missing: install nvidia-cuda-sanitizer-api, or put a CUDA toolkit's on the PATH"
             )
         failed = [tool for tool in args.tools if not check(tool, sanitizer, args.jobs)]
         return int(bool(failed))
