@@ -123,8 +123,15 @@ struct HopperBwdProblem : BwdProblem {
   UnitOrder order;
 };
 
+// Likewise Hopper's kernel for the gradient of a bias.
+struct HopperDbiasProblem : DbiasProblem {
+  TensorMap q_map, k_map, v_map, d_o_map;
+  TensorMap bias_map;
+};
+
 // Every driver takes so many bytes of parameters.
-static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096);
+static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096 &&
+              sizeof(HopperDbiasProblem) <= 4096);
 
 // Hopper's forward: whether there are more units of work than two for each thread block, which none needs the counter
 // for.
