@@ -251,8 +251,8 @@ CASES = {
 
 def check_dense(rng, emulated, case, family):
     shape = {"T": 150, "S": 200, "N": 4, "K": 2, "H": 64, "dtype": BF16, "sm": 90, "factor": 1}
-    options = {name: x(rng) if callable(x) else x for name, x in CASES[case].items() if name not in {*shape, "D"}}
-    shape |= {name: x for name, x in CASES[case].items() if name in {*shape, "D"}}
+    options = {name: x(rng) if callable(x) else x for name, x in case.items() if name not in {*shape, "D"}}
+    shape |= {name: x for name, x in case.items() if name in {*shape, "D"}}
     T, S, dtype = shape["T"], shape["S"], shape["dtype"]
     q, k, v = rng.qkv(2, T, S, shape["N"], shape["K"], shape["H"], shape.get("D"), dtype=dtype)
     d_out, d_lse = cotangents_of(rng, q, v)
@@ -268,7 +268,7 @@ def check_dense(rng, emulated, case, family):
     for b, length in enumerate(options.get("key_value_seq_lengths", ())):
         k, v = k.at[b, length:].set(jnp.nan), v.at[b, length:].set(jnp.nan)
     for b, length in enumerate(options.get("query_seq_lengths", ())):
-        q = q.at[b, length:].set(jnp.nan)
+        q, d_out = q.at[b, length:].set(jnp.nan), d_out.at[b, length:].set(jnp.nan)
     more = [name for name in ("bias", "sinks") if name in options]
     arrays = [q, k, v, *(options.pop(name) for name in more)]
 
@@ -280,7 +280,7 @@ def check_dense(rng, emulated, case, family):
 
 @pytest.mark.parametrize("case", CASES)
 def test_dense(rng, emulated, case):
-    check_dense(rng, emulated, case, PORTABLE)
+    check_dense(rng, emulated, CASES[case], PORTABLE)
 
 
 # Of those, what makes a difference to Hopper's kernels.
@@ -293,7 +293,33 @@ ON_HOPPER = (
 
 @pytest.mark.parametrize("case", ON_HOPPER)
 def test_dense_on_hopper(rng, emulated, case):
-    check_dense(rng, emulated, case, HOPPER)
+    check_dense(rng, emulated, CASES[case], HOPPER)
+
+
+# What Hopper's gradient of a bias has to bear beside "bias" and "bias for all" above.
+BIAS_ON_HOPPER = {
+    "lengths": {"H": 128, "T": 300, "S": 272, "N": 2, "bias": normal(1, 2, 300, 272, dtype=BF16), **LENGTHS},
+    "96, 40": {"H": 96, "D": 40, "T": 300, "S": 136, "bias": normal(1, 4, 300, 136, dtype=F16), "dtype": F16, **BOTTOM},
+    "32, one query head": {
+        "H": 32, "D": 128, "T": 129, "S": 264, "N": 1, "K": 1, "bias": normal(1, 1, 129, 264, dtype=BF16), **TOP
+    },
+    "dropout": {"S": 264, "bias": normal(2, 1, 150, 264, dtype=BF16), **DROPOUT},
+    "rows without keys, cap": {
+        "bias": lambda r: r.normal(1, 4, 150, 200, dtype=BF16).at[:, :, 3:70].set(-jnp.inf),
+        "logits_soft_cap": 3.0, "factor": 2,
+    },
+    "everything": {
+        "H": 40, "scale": 0.2, "logits_soft_cap": 4.0, "alibi_slopes": 0.1 * HEADS,
+        "bias": normal(1, 1, 150, 208, dtype=BF16), "mask": booleans(1, 4, 150, 208), "S": 208, **LENGTHS, **DROPOUT,
+        "query_segment_ids": segments(1, 2, 150), "key_value_segment_ids": segments(1, 2, 208),
+        "local_window_size": (120, 10), "factor": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BIAS_ON_HOPPER)
+def test_bias_gradient_on_hopper(rng, emulated, case):
+    check_dense(rng, emulated, BIAS_ON_HOPPER[case], HOPPER)
 
 
 @pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=4)), ids=str)

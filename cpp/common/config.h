@@ -45,7 +45,8 @@ struct KernelConfig {
   int32 warps_d;     // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
                      // lie along the keys. Gradient of the bias: side by side along the queries
   int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward, in both of Hopper's of
-                     // bias tiles too; 2 in the gradient of the bias if k and v have one each
+                     // bias tiles too; 2 in the gradient of the bias if k and v have one each, in Hopper's of pairs,
+                     // which are k and q or v and dO
   bool ping_pong;    // Hopper's forward: warpgroups take turns, from their products to their first maximum
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
 
@@ -141,6 +142,8 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
   if (c.family == Family::kSm90) {
     if (c.direction == Direction::kFwd) return q + c.num_stages * (k + v + bias) + kBarrierBytes;
+    if (c.direction == Direction::kDbias)
+      return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
     return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * c.warps_d * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;

@@ -123,8 +123,15 @@ struct HopperBwdProblem : BwdProblem {
   UnitOrder order;
 };
 
+// Likewise Hopper's kernel for the gradient of a bias.
+struct HopperDbiasProblem : DbiasProblem {
+  TensorMap q_map, k_map, v_map, d_o_map;
+  TensorMap bias_map;
+};
+
 // Every driver takes so many bytes of parameters.
-static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096);
+static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096 &&
+              sizeof(HopperDbiasProblem) <= 4096);
 
 // Hopper's forward: whether there are more units of work than two for each thread block, which none needs the counter
 // for.
@@ -163,14 +170,15 @@ static inline int64 num_bias_heads(const Problem& p) {
 }
 
 // The batch entry that is number `sharer` of those that share entry `own` of the bias. In 32 bits, as divisions of 64
-// are slow on a GPU.
-static inline int64 entry_sharing_bias(const Problem& p, uint32 own, uint32 sharer) {
+// are slow on a GPU, and told the number of batch axes, which a kernel knows when it is compiled.
+static inline uint32 entry_sharing_bias(const Problem& p, int32 num_batch_axes, uint32 own, uint32 sharer) {
   uint32 entry = 0, weight = 1;
-  for (int32 a = p.num_batch_axes - 1; a >= 0; --a) {
-    uint32& index = p.bias.batch_stride[a] ? own : sharer;
-    const uint32 size = uint32(p.batch_dims[a]);
-    entry += index % size * weight;
-    index /= size;
+  for (int32 a = num_batch_axes - 1; a >= 0; --a) {
+    const bool is_own = p.bias.batch_stride[a] != 0;
+    const uint32 size = uint32(p.batch_dims[a]), index = is_own ? own : sharer, rest = index / size;
+    entry += (index - rest * size) * weight;
+    own = is_own ? rest : own;
+    sharer = is_own ? sharer : rest;
     weight *= size;
   }
   return entry;

@@ -228,7 +228,7 @@ void dbias(const DbiasProblem& p, const Sequence* of_entry, const DbiasUnit& uni
 
   const int64 entries = num_batch_entries(p) / num_bias_entries(p), heads = p.num_heads / num_bias_heads(p);
   for (int64 sharer = 0; sharer < entries; ++sharer) {
-    const Sequence& s = of_entry[entry_sharing_bias(p, uint32(unit.entry), uint32(sharer))];
+    const Sequence& s = of_entry[entry_sharing_bias(p, p.num_batch_axes, uint32(unit.entry), uint32(sharer))];
     for (int64 head = unit.head; head < unit.head + heads && unit.q_begin < s.q_len; ++head)
       add_dbias(p, s, head, unit.q_begin, t, sums);
   }

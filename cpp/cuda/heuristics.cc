@@ -51,11 +51,16 @@ struct Tiling {
   bool ping_pong = false;
 };
 
-// What Hopper's kernels cannot do: the gradient of a bias; rows that the copy engine cannot address, keys that lie on
-// pages, batch axes that it cannot take as one. And what is a testing aid.
+// Whether the copy engine can bring the bias, and shared memory has room for it beside large tiles of all operands.
+bool is_for_hopper_dbias(const KernelConfig& c) {
+  return c.bias_tiled && max_of(c.head_dim, c.head_dim_v) <= 128;
+}
+
+// What Hopper's kernels cannot do: rows that the copy engine cannot address, keys that lie on pages, batch axes that it
+// cannot take as one. And what is a testing aid.
 bool is_for_hopper(const KernelConfig& c, const Arch& arch) {
-  return arch.sm == 90 && c.direction != Direction::kDbias && c.aligned && c.head_dim > 0 && c.head_dim_v > 0 &&
-         !c.paged && !c.return_softmax && c.num_batch_axes == 1;
+  return arch.sm == 90 && c.aligned && c.head_dim > 0 && c.head_dim_v > 0 && !c.paged && !c.return_softmax &&
+         c.num_batch_axes == 1 && (c.direction != Direction::kDbias || is_for_hopper_dbias(c));
 }
 
 // Whether nothing is done to scores but to scale them and to mask them by position.
@@ -122,6 +127,13 @@ Tiling dbias_tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return {128, 128, 8, 2, 2, 1};
 }
 
+// S^T, dP^T and the sums of a warpgroup's 64 keys and 128 queries take 192 of 240 registers: larger tiles, whose
+// operands would serve more scores, do not fit. Beside the bias, shared memory has room for the operands of two
+// sharers, at head dim 128 of one and a half: of two pairs one is on its way at most times, of more mostly two.
+Tiling hopper_dbias_tiling(int32 head_dim) {
+  return {128, 128, 8, 1, head_dim > 96 ? 3 : 4, 1};
+}
+
 Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   const bool hopper = c.family == Family::kSm90;
   switch (c.direction) {
@@ -129,7 +141,7 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
     case Direction::kBwd: return hopper ? hopper_bwd_tiling(c, head_dim) : bwd_tiling(c, head_dim, arch);
     case Direction::kDbias: break;
   }
-  return dbias_tiling(c, head_dim, arch);
+  return hopper ? hopper_dbias_tiling(head_dim) : dbias_tiling(c, head_dim, arch);
 }
 
 }  // namespace

@@ -3,15 +3,33 @@
 #include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"
+#include "cuda/tensor_map.h"
 
 namespace flash::cuda {
+namespace {
+
+void launch_hopper(const DbiasProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream) {
+  HopperDbiasProblem h = {p};
+  const int64 batch = num_batch_entries(p);
+  const int32 panel = panel_cols(c.head_dim), panel_v = panel_cols(c.head_dim_v);
+  h.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel, c.block_q);
+  h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);
+  h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
+  h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
+  h.bias_map = tensor_map_of_bias(p, c);
+  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h);
+}
+
+}  // namespace
 
 void launch(const DbiasProblem& problem, int32 device, Stream stream) {
   const DbiasProblem p = with_few_batch_axes(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));
   const int64 blocks =
       num_bias_entries(p) * num_bias_heads(p) * ceil_div(p.seqlen_q, c.block_q) * ceil_div(p.seqlen_kv, c.block_kv);
-  launch(load(c, device).entry[0], blocks, num_threads(c), shared_bytes(c), stream, &p);
+  const Function kernel = load(c, device).entry[0];
+  if (c.family == Family::kSm90 && blocks > 0) return launch_hopper(p, c, kernel, blocks, stream);
+  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &p);
 }
 
 }  // namespace flash::cuda
