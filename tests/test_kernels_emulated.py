@@ -217,6 +217,7 @@ CASES = {
     "bias 59": {"H": 59, "T": 70, "S": 136, "bias": normal(2, 1, 70, 136, dtype=F16), "dtype": F16, "factor": 1.5},
     "bias, lengths": {"T": 300, "S": 270, "N": 2, "bias": normal(1, 2, 300, 270), **LENGTHS},
     "bias beside queries and keys": {"T": 300, "S": 130, "bias": normal(2, 1, 300, 130, dtype=BF16), **BOTTOM},
+    "bias that no query sees": {"T": 300, "S": 136, "bias": normal(2, 4, 300, 136, dtype=BF16), **BOTTOM},
     "mask, lengths": {"mask": booleans(2, 1, 150, 200), **LENGTHS},
     "wide mask": {"S": 208, "mask": booleans(1, 4, 150, 208), "local_window_size": (90, 20), "dtype": F16},
     "wide mask 128": {"H": 128, "T": 200, "S": 176, "mask": booleans(2, 1, 200, 176)},

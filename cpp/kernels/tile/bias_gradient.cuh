@@ -102,7 +102,23 @@ class BiasGradientWriter {
       write_blocks<kBiasBlock, kBiasBlock>(sync);
   }
 
+  // Of a block of which no sharer sees anything. Only if kC.bias_tiled.
+  __forceinline__ void write_zeros() const {
+    constexpr int32 kLanes = kC.block_kv / 8;
+    for (int32 i = thread_; i < kC.block_q * kLanes; i += kThreads) {
+      const int32 row = block_.q_row + i / kLanes, col = block_.kv_row + i % kLanes * 8;
+      if (row < p_.seqlen_q && col < p_.seqlen_kv)
+        *reinterpret_cast<uint4*>(head_of<uint16>() + row * p_.dbias.row_stride + col) = {0, 0, 0, 0};
+    }
+  }
+
  private:
+  // The gradient of the head of the bias that the block is of.
+  template <class T>
+  __forceinline__ T* head_of() const {
+    return static_cast<T*>(p_.dbias.data) + (block_.entry * num_bias_heads(p_) + block_.head) * p_.dbias.head_stride;
+  }
+
   // Writes the sums over blocks of kRows by kCols, which first come together where a block starts.
   template <int32 kRows, int32 kCols, class Sync>
   __forceinline__ void write_blocks(Sync sync) const {
@@ -122,9 +138,7 @@ class BiasGradientWriter {
     constexpr bool kFloat = kC.bias_dtype == DType::kF32 || kRows * kCols > 1;
     constexpr int32 kWidth = kC.bias_tiled && !kFloat ? 8 : 1, kLanes = kC.block_kv / kCols / kWidth;
     using Element = typename StorageOf<kFloat ? DType::kF32 : kC.bias_dtype>::Type;
-    Element* target = static_cast<Element*>(p_.dbias.data) +
-                      (block_.entry * num_bias_heads(p_) + block_.head) * p_.dbias.head_stride +
-                      block_.q_row / kRows * p_.dbias.row_stride + block_.kv_row / kCols;
+    Element* target = head_of<Element>() + block_.q_row / kRows * p_.dbias.row_stride + block_.kv_row / kCols;
     for (int32 i = thread_; i < kC.block_q / kRows * kLanes; i += kThreads) {
       const int32 row = i / kLanes, col = i % kLanes * kWidth;
       if (block_.q_row + row * kRows >= p_.seqlen_q || block_.kv_row + col * kCols >= p_.seqlen_kv) continue;
