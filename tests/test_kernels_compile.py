@@ -253,7 +253,7 @@ def test_kernel(case):
 HOPPER_SPILLED_BYTES = {"all": 2400, "segments": 900, "softcap": 600}
 OTHER_HOPPER_SPILLED_BYTES = 500
 # The gradient of a bias spills nothing but for segments (36), dropout (32) and all at once (84).
-HOPPER_DBIAS_SPILLED_BYTES = 200
+HOPPER_DBIAS_SPILLED_BYTES = 300
 # Of the instructions between the first and the last product, those that load or store what was spilled: none at all
 # without features, but for the forward of 192 and 256.
 HOPPER_SHARE = {"all": 0.17, "softcap": 0.065, "dropout": 0.02}

@@ -26,6 +26,8 @@ struct BiasBlock {
   int32 q_row, kv_row;  // where the block starts
   uint32 shared_heads;  // query heads that share a head of the bias
   uint32 num_sharers;   // of all batch entries
+  bool is_alike;        // to all of them: none has lengths of its own
+  BlockKind common;     // if so
 
   __forceinline__ explicit BiasBlock(const DbiasProblem& problem) : p(problem) {
     // Neighbouring thread blocks have the same queries.
@@ -37,12 +39,15 @@ struct BiasBlock {
     kv_row = int32(blockIdx.x % kv_blocks) * kC.block_kv;
     shared_heads = uint32(p.num_heads) / heads;
     num_sharers = uint32(num_batch_entries(p)) / uint32(num_bias_entries(p)) * shared_heads;
+    is_alike = !p.q_lens.data && !p.kv_lens.data;
+    common = is_alike ? kind_for(sequence_of<kC.num_batch_axes>(p, 0, 0)) : BlockKind::kNone;
   }
 
   // The first from `index` on of which the positional mask shows something. Leaves num_sharers in `index` if none is
   // left.
   __forceinline__ Sharer find(uint32& index) const {
     Sharer s = {};
+    if (is_alike && common == BlockKind::kNone) index = num_sharers;
     for (; index < num_sharers; ++index) {
       s = sharer(index);
       if (s.kind != BlockKind::kNone) break;
@@ -54,12 +59,15 @@ struct BiasBlock {
   __forceinline__ Sharer sharer(uint32 index) const {
     const Sequence seq =
         sequence_of<kC.num_batch_axes>(p, entry_sharing_bias(p, kC.num_batch_axes, entry, index / shared_heads), 0);
+    return {seq, int32(head + index % shared_heads), is_alike ? common : kind_for(seq)};
+  }
+
+  __forceinline__ BlockKind kind_for(const Sequence& seq) const {
     const int32 row_end = min_of(q_row + kC.block_q, seq.q.used), key_end = kv_row + kC.block_kv;
-    BlockKind kind = BlockKind::kNone;
-    if (q_row < row_end) kind = classify_block(mask_rule_of(p, seq), q_row, row_end, kv_row, key_end);
+    if (q_row >= row_end) return BlockKind::kNone;
+    const BlockKind kind = classify_block(mask_rule_of(p, seq), q_row, row_end, kv_row, key_end);
     // The rule knows where keys end, not where queries do.
-    if (kind == BlockKind::kFull && row_end < q_row + kC.block_q) kind = BlockKind::kPartial;
-    return {seq, int32(head + index % shared_heads), kind};
+    return kind == BlockKind::kFull && row_end < q_row + kC.block_q ? BlockKind::kPartial : kind;
   }
 };
 
