@@ -30,21 +30,19 @@ struct DbiasStorage {
   using O = Tile<kC.block_q, kC.head_dim_v>;
   using Bias = BiasTile<kC>;
   using Pairs = Ring<kC.num_stages>;
-  using Statistics = Ring<2>;
-  // Offsets in bytes. lse and delta of all queries lie one behind the other, in two buffers.
+  // Offsets in bytes. lse and delta of all queries lie one behind the other, once for each warpgroup.
   static constexpr int32 kPairs = 0, kPairBytes = max_of(K::kBytes + Q::kBytes, V::kBytes + O::kBytes);
   static constexpr int32 kBias = kPairs + kC.num_stages * kPairBytes;
   static constexpr int32 kStatistics = kBias + Bias::kBytes, kStatisticsBytes = 8 * kC.block_q;
   static constexpr int32 kPairBarriers = kStatistics + 2 * kStatisticsBytes;
-  static constexpr int32 kStatisticsBarriers = kPairBarriers + Pairs::kBytes;
-  static_assert(kStatisticsBarriers + Statistics::kBytes <= kPairBarriers + kBarrierBytes);
+  static_assert(Pairs::kBytes <= kBarrierBytes);
   static_assert(kPairBarriers + kBarrierBytes == shared_bytes(kC));
   // At last the sums come to where pairs and bias were.
   static_assert(BiasGradientWriter<kC>::kBytes <= kStatistics);
 };
 
-// Of all that compute.
-enum DbiasBarrier : int32 { kSums = 1 };
+// Of all that compute, and of each warpgroup.
+enum DbiasBarrier : int32 { kSums = 1, kOwnWarpgroup = 2 };
 
 template <KernelConfig kC>
 struct Dbias {
@@ -72,7 +70,6 @@ struct Dbias {
     }
     if (threadIdx.x == 0) {
       Storage::Pairs::init(base + Storage::kPairBarriers, kC.num_warps);
-      Storage::Statistics::init(base + Storage::kStatisticsBarriers, kC.num_warps, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -123,40 +120,23 @@ struct Dbias {
     }
   }
 
-  // A computing warp's places.
-  struct Rings {
-    typename Storage::Pairs pairs;
-    typename Storage::Statistics statistics;
-
-    __forceinline__ explicit Rings(uint32 base)
-        : pairs(base + Storage::kPairBarriers), statistics(base + Storage::kStatisticsBarriers) {}
-  };
-
   using Sums = Accumulator<16, kC.block_q>;
 
   // A warp that computes.
   __forceinline__ void compute() const {
     const int32 thread = int32(threadIdx.x) - 128, warpgroup = uniform(thread / 128), warp_key = thread / 32 * 16;
-    Rings rings(base);
-    // Into the buffer that is read next. No barrier says that it is free: this warp has waited for the one that all
-    // wrote when they were done with this one.
-    auto store = [&](float x) {
-      reinterpret_cast<float*>(shared + Storage::kStatistics)[rings.statistics.stage() * 2 * kC.block_q + thread] =
-          thread < 128 ? lse_in_log2(x) : x;
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(rings.statistics.full());
-    };
+    typename Storage::Pairs pairs(base + Storage::kPairBarriers);
     Sums sums;
     sums.clear();
     uint32 index = 0;
     Sharer now = block.find(index);
-    store(statistic(now, thread));
+    store(statistics_of(now, thread % 128), warpgroup, thread % 128);
 #pragma unroll 1
     while (index < block.num_sharers) {
       const Sharer next = block.find(++index);
-      const float x = statistic(next, thread);
-      add(now, warpgroup, warp_key, rings, sums);
-      store(x);
+      const Statistics ahead = statistics_of(next, thread % 128);
+      add(now, warpgroup, warp_key, pairs, sums);
+      store(ahead, warpgroup, thread % 128);
       now = next;
     }
     auto sync = [] { ptx::barrier_sync(kSums, kComputingThreads); };
@@ -164,13 +144,31 @@ struct Dbias {
     BiasGradientWriter<kC>(block, shared, thread).write(sums, warp_key, 0, sync);
   }
 
-  // What a computing thread brings of a sharer: lse of a query, or with the second warpgroup delta. Of what follows the
-  // last sharer nobody needs it, but it can be read.
-  __forceinline__ float statistic(const Sharer& s, int32 thread) const {
-    const bool is_lse = thread < 128;
-    const int32 row = block.q_row + thread % 128;
-    if (row >= s.seq.q.used) return is_lse ? -kInfinity : 0.0f;
-    return address_of<const float, kBatchAxes>(p, is_lse ? p.lse : p.delta, s.seq.batch, s.head, 0)[row];
+  // What a thread of each computing warpgroup brings of a sharer, for one of the queries.
+  struct Statistics {
+    float lse, delta;
+  };
+
+  // Of what follows the last sharer nobody needs them, but they can be read.
+  __forceinline__ Statistics statistics_of(const Sharer& s, int32 query) const {
+    const int32 row = block.q_row + query;
+    if (row >= s.seq.q.used) return {-kInfinity, 0.0f};
+    return {address_of<const float, kBatchAxes>(p, p.lse, s.seq.batch, s.head, 0)[row],
+            address_of<const float, kBatchAxes>(p, p.delta, s.seq.batch, s.head, 0)[row]};
+  }
+
+  // Where the warpgroup's lse of the block's queries lie, and behind them delta.
+  __forceinline__ float* statistics_at(int32 warpgroup) const {
+    return reinterpret_cast<float*>(shared + Storage::kStatistics + warpgroup * Storage::kStatisticsBytes);
+  }
+
+  // Puts them in place of those of the sharer before.
+  __forceinline__ void store(const Statistics& x, int32 warpgroup, int32 query) const {
+    float* target = statistics_at(warpgroup) + query;
+    ptx::barrier_sync(kOwnWarpgroup + warpgroup, 128);  // all have read those
+    target[0] = lse_in_log2(x.lse);
+    target[kC.block_q] = x.delta;
+    ptx::barrier_sync(kOwnWarpgroup + warpgroup, 128);
   }
 
   // Lest the compiler moves the exponentials behind dP^T. Weights are never negative, nor is what has all their bits.
@@ -184,12 +182,12 @@ struct Dbias {
   }
 
   // Adds a sharer's dS^T.
-  __forceinline__ void add(const Sharer& s, int32 warpgroup, int32 warp_key, Rings& rings, Sums& sums) const {
+  __forceinline__ void add(const Sharer& s, int32 warpgroup, int32 warp_key, typename Storage::Pairs& pairs,
+                           Sums& sums) const {
     using K = typename Storage::K;
     using V = typename Storage::V;
     using Q = typename Storage::Q;
     using O = typename Storage::O;
-    auto& [pairs, statistics] = rings;
     const int32 lane = threadIdx.x % 32;
     const ScoreInputs<kC> in(p, s.seq, s.head);
     auto tile_of = [&](const typename Storage::Pairs& pair) {
@@ -211,11 +209,9 @@ struct Dbias {
     issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(tile_of(v_and_do), 64 * warpgroup),
                                              RowsOperand<O>(tile_of(v_and_do) + V::kBytes));
     TileGradient<kC, 16, kC.block_q> gradient;
-    statistics.wait_full();
-    auto pair_of = [&](int32 offset, int32 n) {
-      return *reinterpret_cast<const float2*>(shared + Storage::kStatistics +
-                                              statistics.stage() * Storage::kStatisticsBytes + offset +
-                                              4 * (8 * n + lane % 4 * 2));
+    const float* statistics = statistics_at(warpgroup);
+    auto pair_of = [&](int32 first, int32 n) {
+      return *reinterpret_cast<const float2*>(statistics + first + 8 * n + lane % 4 * 2);
     };
     wait_gemm<1>(scores);
     release(k_and_q);
@@ -225,8 +221,7 @@ struct Dbias {
     compute_now(scores);  // beside dP^T
     wait_gemm<0>(ds);
     release(v_and_do);
-    gradient.capped_scores(ds, scores, p, [&](int32 n) { return pair_of(4 * kC.block_q, n); });
-    statistics.advance();
+    gradient.capped_scores(ds, scores, p, [&](int32 n) { return pair_of(kC.block_q, n); });
 #pragma unroll
     for (int32 n = 0; n < kC.block_q / 8; ++n)
 #pragma unroll
