@@ -88,8 +88,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("min_blocks", c.min_blocks);
 }
 
-// Thread blocks of the backward's pre- and postprocess kernels, and the rows of queries that each looks after: the most
-// that a thread block of the main kernel takes at a time.
+// Thread blocks of the backward's pre- and postprocess kernels, and the rows of queries that each looks after.
 inline constexpr int32 kRowKernelThreads = 128;
 inline constexpr int32 kRowKernelRows = 128;
 

@@ -8,8 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "common/config.h"
-
 namespace flash::ffi {
 namespace {
 
@@ -312,10 +310,10 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
     const int64 accum_blocks = p.seqlen_q / 16 + p.num_sequences, accum_floats = 16 * round_up(p.head_dim, 8);
     p.dq_accum =
         d.result(4, "dq_accum", {head, {&View::row_stride, accum_blocks}, {&View::col_stride, accum_floats}}, kF32);
-    const int64 statistics_blocks = p.seqlen_q / kRowKernelRows + p.num_sequences;
-    p.statistics =
-        d.result(5, "statistics",
-                 {head, {&View::row_stride, statistics_blocks}, {&View::col_stride, int64{2} * kRowKernelRows}}, kF32);
+    const int64 statistics_blocks = p.seqlen_q / kStatisticsBlock + p.num_sequences;
+    p.statistics = d.result(
+        5, "statistics",
+        {head, {&View::row_stride, statistics_blocks}, {&View::col_stride, int64{2} * kStatisticsBlock}}, kF32);
     if (attrs.deterministic) p.tickets = d.result(6, "tickets", {head, row}, kS32);
   }
   if (!d.ok()) return xf::Unexpected(d.error());

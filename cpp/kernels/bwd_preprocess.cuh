@@ -44,7 +44,7 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
     // Eight threads share a row in each of eight passes, and then each thread has one of their rows. All loads come
     // first.
     constexpr int32 kRows = kRowKernelThreads / 8, kPasses = kRowKernelRows / kRows;
-    static_assert(kPasses == 8);
+    static_assert(kPasses == 8 && kRowKernelRows == kStatisticsBlock);
     const int32 part = threadIdx.x % 8, first_row = threadIdx.x / 8, own_row = first_row + part * kRows;
     const int32 own = row + own_row;
     float lse = -kInfinity, d_lse = 0.0f;

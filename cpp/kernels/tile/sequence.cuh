@@ -4,7 +4,6 @@
 // and no cu_seqlens makes sequences overlap.
 #pragma once
 
-#include "common/config.h"
 #include "common/mask.h"
 #include "common/problem.h"
 #include "kernels/ptx/warp.cuh"
@@ -123,14 +122,14 @@ __forceinline__ float lse_in_log2(float lse) {
 }
 
 // lse and delta as the backward reads them: for blocks of 64 queries their values of lse, in units of log2, and then of
-// delta. Every sequence starts kRowKernelRows of its own and fills up the last, so that whoever takes as many queries
-// at a time finds them side by side, and never anyone else's.
+// delta. Every sequence starts kStatisticsBlock rows of its own and fills up the last, so that whoever takes as many
+// queries at a time finds them side by side, and never anyone else's.
 inline constexpr int32 kStatisticsRows = 64;
 
 // Of the block that has `row` of the sequence.
 template <int32 kBatchAxes>
 __forceinline__ float* statistics_of(const BwdProblem& p, const Sequence& s, int64 head, int32 row) {
-  return address_of<float, kBatchAxes>(p, p.statistics, s.batch, head, s.q.begin / kRowKernelRows + s.index) +
+  return address_of<float, kBatchAxes>(p, p.statistics, s.batch, head, s.q.begin / kStatisticsBlock + s.index) +
          row / kStatisticsRows * 2 * kStatisticsRows;
 }
 // Offset in bytes of a row's lse in several of them; that of its delta lies kDeltaBehindLse further on.
