@@ -16,8 +16,8 @@ inline constexpr int64 kMaxHeadDim = 256;
 // up the blocks: BIAS_BLOCK of jax_flash/_attrs.py.
 inline constexpr int32 kBiasBlock = 64;
 
-// Queries of which a block of BwdProblem::statistics has the numbers: as many as a thread block of the backward takes at
-// a time at most.
+// Queries whose numbers make a block of BwdProblem::statistics: the most that a thread block of the backward takes at a
+// time.
 inline constexpr int32 kStatisticsBlock = 128;
 
 // A strided operand. Strides are in elements; the stride of an axis that is broadcast is 0.
