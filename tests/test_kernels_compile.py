@@ -252,8 +252,9 @@ def test_kernel(case):
 # Bytes as above. Warps that copy have 24 registers in the backward, and spill most of them.
 HOPPER_SPILLED_BYTES = {"all": 2400, "segments": 900, "softcap": 600}
 OTHER_HOPPER_SPILLED_BYTES = 500
-# The gradient of a bias spills nothing but for segments (36), dropout (32) and all at once (84).
-HOPPER_DBIAS_SPILLED_BYTES = 300
+# The gradient of a bias spills 32, with segments or dropout 52, and with all operands 244: what it knows of the block.
+HOPPER_DBIAS_SPILLED_BYTES = {"all": 300}
+OTHER_HOPPER_DBIAS_SPILLED_BYTES = 120
 # Of the instructions between the first and the last product, those that load or store what was spilled: none at all
 # without features, but for the forward of 192 and 256.
 HOPPER_SHARE = {"all": 0.17, "softcap": 0.065, "dropout": 0.02}
@@ -297,7 +298,7 @@ def test_hopper_kernel(case):
     if not LIMITS_HOLD:
         return
     if case.direction == DBIAS:
-        assert max(spills) <= HOPPER_DBIAS_SPILLED_BYTES
+        assert max(spills) <= HOPPER_DBIAS_SPILLED_BYTES.get(case.feature or "", OTHER_HOPPER_DBIAS_SPILLED_BYTES)
     else:
         assert max(spills) <= HOPPER_SPILLED_BYTES.get(case.feature or "", OTHER_HOPPER_SPILLED_BYTES)
     counts = exponentials_beside_products(cubin, case.direction)
