@@ -207,8 +207,8 @@ int64 group_of(const Problem& p) {
 
 // For num_heads heads, each with so many blocks. Sections are of as many times least_heads, whose operands have
 // least_bytes, as stay in the L2 cache, of 50 MB, while all blocks go through them.
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 least_bytes) {
-  constexpr int64 kCacheBytes = 32 << 20;
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 least_bytes,
+                   int64 kCacheBytes) {
   auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
   const int64 fitting = max_of<int64>(kCacheBytes / max_of<int64>(least_bytes, 1), 1) * least_heads;
   const int64 section = min_of(fitting, num_heads * p.num_sequences * num_batch_entries(p));
@@ -220,14 +220,15 @@ UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_
 
 UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c) {
   // K and V in 16 bits, which the query heads of a group share.
+  const bool causal = p.options.window_left < 0 && p.options.window_right >= 0;
   return order_of(p, p.num_heads, ceil_div(p.max_seqlen_q, c.block_q), group_of(p),
-                  2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v));
+                  2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v), causal ? 32 << 20 : 1);
 }
 
 UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c) {
   // q and dO in 16 bits, and dq_accum in 32.
   return order_of(p, p.num_heads_kv, ceil_div(p.max_seqlen_kv, c.block_kv), 1,
-                  2 * group_of(p) * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v));
+                  2 * group_of(p) * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v), 32 << 20);
 }
 
 void override_config(Fields fields) {

@@ -30,12 +30,12 @@ struct FwdStorage {
   using Q = Tile<64, kC.head_dim>;                        // of one warpgroup
   using K = Tile<kC.block_kv, kC.head_dim>;
   using V = Tile<kC.block_kv, kC.head_dim_v>;
-  using Bias = BiasTile<kC>;  // of all warpgroups; only if bias_tiled
-  using QRing = Ring<kWarpgroups>;
+  using Bias = BiasTile<kC>;                        // of all warpgroups; only if bias_tiled
+  using QRing = Ring<q_buffers(kC) * kWarpgroups>;  // warpgroups in turns
   using KvRing = Ring<kC.num_stages>;
   using UnitRing = Ring<2>;
   // Offsets in bytes.
-  static constexpr int32 kQ = 0, kK = kWarpgroups * Q::kBytes, kV = kK + kC.num_stages * K::kBytes;
+  static constexpr int32 kQ = 0, kK = q_buffers(kC) * kWarpgroups * Q::kBytes, kV = kK + kC.num_stages * K::kBytes;
   static constexpr int32 kBias = kV + kC.num_stages * V::kBytes;
   static constexpr int32 kBiasBytes = kC.bias_tiled ? 2 * kC.block_q * kC.block_kv : 0;
   static constexpr int32 kQBarriers = kBias + kC.num_stages * kBiasBytes, kKBarriers = kQBarriers + QRing::kBytes;
@@ -173,9 +173,9 @@ struct Fwd {
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
     typename Storage::KvRing bias_ring(base + Storage::kBiasBarriers);
     typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
-    auto release = [&](auto& ring) {
+    auto release = [&](auto& ring, int32 by = 1) {
       if (lane == 0) ring.release();
-      ring.advance();
+      ring.advance(by);
     };
     // Another warpgroup starts its products when this one begins with its exponentials, so that no two compute those at
     // the same time; the last one lets the first begin.
@@ -189,27 +189,65 @@ struct Fwd {
 
     // A warpgroup without rows of its own lets the buffers of a unit pass, and its turns.
     auto let_pass = [&](KeyBlocks<kC>& keys, int32 n) {
-      auto pass = [&](auto& ring) {
+      auto pass = [&](auto& ring, int32 by = 1) {
         ring.wait_full();
         __syncwarp();  // no lane is left behind to wait for what comes next time
-        release(ring);
+        release(ring, by);
       };
       auto pass_k_and_bias = [&] {
         pass(k_ring);
         if constexpr (kC.bias_tiled) pass(bias_ring);
       };
-      q_ring.wait_full();
-      __syncwarp();
-      if (lane == 0) q_ring.release();
-      q_ring.next_round();
-      pass_k_and_bias();
-      while (keys.exists(n = keys.below(n))) {
+      auto pass_block = [&] {
         pass_k_and_bias();
         await_turn();
         pass_turn();
+      };
+      pass(q_ring, kWarpgroups);
+      pass_block();
+      while (keys.exists(n = keys.below(n))) {
+        pass_block();
         pass(v_ring);
       }
       pass(v_ring);
+    };
+
+    // P V of a unit's last block, and its results, are left to be done beside the first products of the next unit.
+    struct Results {
+      uint16* o_rows;
+      float* lse_rows;
+      int32 rows;  // 0: nothing is left to be done
+      float sink;  // log2 units
+    };
+    Results due = {};
+    const float factor = kScoresInLog2<kC> ? 1.0f : p.options.scale * kLog2e;
+    Accumulator<16, kC.head_dim_v> o;
+    SoftmaxState<2> state;
+    uint32 probs[1][kC.block_kv / 16][4] = {};
+    auto v_tile = [&] { return base + Storage::kV + v_ring.stage() * Storage::V::kBytes; };
+    auto pv_gemm = [&] {
+      v_ring.wait_full();
+      issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(v_tile()));
+    };
+    auto write_results = [&](const SoftmaxState<2>& state) {
+      float normalizer[2], lse[2];
+      finish_softmax<16, kC.head_dim_v>(state, o, factor, due.sink, normalizer, lse);
+#pragma unroll
+      for (int32 r = 0; r < 2; ++r) {
+        const int32 row = warp_row + 8 * r + lane / 4;
+        if (lane % 4 == 0 && row < due.rows) due.lse_rows[row] = lse[r] * kLn2;
+      }
+      const float dropout_scale = 256.0f / float(p.options.keep_threshold);
+      store_rows<kDType>(o, due.o_rows, p.o.row_stride, warp_row, due.rows, int32(p.head_dim_v),
+                         [&](int32 h) { return normalizer[h] * dropout_scale; });
+    };
+    auto finish = [&] {
+      if (due.rows == 0) return;
+      pv_gemm();
+      wait_gemm<0>(o);
+      release(v_ring);
+      write_results(state);
+      due.rows = 0;
     };
 
     auto attend = [&](const Sequence& seq, int32 head, int32 q_row) {
@@ -217,134 +255,119 @@ struct Fwd {
       const int64 o_row = seq.q.begin + q_row;
       uint16* o_rows = address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row);
       float* lse_rows = address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row);
-      const int32 slot_rows = min_of(kC.block_q, seq.q.size - q_row);  // that must be written
-      if (rows < slot_rows) {
-        store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, max_of(rows, 0), slot_rows, int32(p.head_dim_v));
-        for (int32 r = max_of(rows, 0) + thread; r < slot_rows; r += kComputingThreads) lse_rows[r] = -kInfinity;
-      }
-      if (rows <= 0) return;
-
-      const ScoreInputs<kC> in(p, seq, head);
-      KeyBlocks<kC> keys(in, seq, q_row, rows);
-      int32 n = keys.last();
-      if (64 * warpgroup >= rows) {
-        if (keys.exists(n)) let_pass(keys, n);
-        return;
-      }
-      const float factor = score_factor(in);
-      Accumulator<16, kC.head_dim_v> o;
-      SoftmaxState<2> state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
-      o.clear();
-
-      if (keys.exists(n)) {
-        Accumulator<16, kC.block_kv> s;
-        uint32 probs[1][kC.block_kv / 16][4];
-        float rescale[2];
-        auto v_tile = [&] { return base + Storage::kV + v_ring.stage() * Storage::V::kBytes; };
-        const RowsOperand<typename Storage::Q> q(base + Storage::kQ + warpgroup * Storage::Q::kBytes);
-        auto qk_gemm = [&] {
-          const RowsOperand<typename Storage::K> k(base + Storage::kK + k_ring.stage() * Storage::K::kBytes);
-          issue_gemm<kDType, kC.head_dim, false>(s, q, k);
-        };
-        auto pv_gemm = [&] {
-          v_ring.wait_full();
-          issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(v_tile()));
-        };
-        auto bias_tile = [&] {
-          if constexpr (kC.bias_tiled) {
-            bias_ring.wait_full();
-            const int32 tile = Storage::kBias + bias_ring.stage() * Storage::kBiasBytes;
-            return RowsOfA<typename Storage::Bias>{{base, tile, warp_row}};
-          } else {
-            return NoBiasTile{};
-          }
-        };
-        constexpr bool kRawScores = !kScoresInLog2<kC> && !kDataMasks<kC>;  // where the positional mask shows all
-        auto scores = [&]<bool kMasked>(int32 n) {
-          if constexpr (kMasked || !kRawScores)
-            apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, bias_tile(),
-                                             [](int32, int32, int32, float) {});
-          if constexpr (kC.bias_tiled) {
-            __syncwarp();  // all lanes have read
-            release(bias_ring);
-          }
-        };
-        // From scores to weights, one half of the columns after the other: the second half's maximum is found beside
-        // the first half's exponentials. True if o is to be multiplied by `rescale`. Calls on_maximum() after the first
-        // one.
-        auto softmax = [&]<bool kGuard>(int32 n, auto on_maximum) {
-          constexpr int32 kHalf = kC.block_kv / 32 * 16;
-          bool grows = online_softmax<kGuard, 0, kHalf>(s, state, rescale, factor, on_maximum);
-          float late[2];
-          if (online_softmax<kGuard, kHalf, kC.block_kv>(s, state, late, factor, [] {})) {
-            scale_rows<0, kHalf>(s, late);
-#pragma unroll
-            for (int32 r = 0; r < 2; ++r) rescale[r] = grows ? rescale[r] * late[r] : late[r];
-            grows = true;
-          }
-          if constexpr (kC.dropout)
-            for_each_dropout_bit<false, 16, kC.block_kv>(
-                in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
-                [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
-          return grows;
-        };
-        q_ring.wait_full();
-        k_ring.wait_full();
-        qk_gemm();
-        wait_gemm<0>(s);
-        release(k_ring);
-        if (!kRawScores || !keys.is_full(n)) scores.template operator()<true>(n);
-        softmax.template operator()<true>(n, [] {});  // o is 0 yet, whatever it is multiplied by
-        pack<kDType>(probs, s);
-        v_ring.wait_full();
-        hide_rows_behind(p, seq, v_tile(), n, warpgroup, thread % 128);
-        auto step = [&]<bool kMasked>(int32 next) {
-          constexpr bool kGuard = kMasked || kDataMasks<kC>;
-          k_ring.wait_full();
-          await_turn();
-          qk_gemm();
-          pv_gemm();
-          wait_gemm<1>(s);
-          release(k_ring);
-          scores.template operator()<kMasked>(next);
-          const bool grows = softmax.template operator()<kGuard>(next, pass_turn);
-          ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
-          wait_gemm<0>(o);
-          release(v_ring);
-          if (grows) scale_rows<0, kC.head_dim_v>(o, rescale);
-          pack<kDType>(probs, s);
-        };
-        // Blocks that the mask shows whole have a loop of their own, without a branch to the other step.
-        for (int32 next = keys.below(n); keys.exists(next);) {
-          if (keys.is_full(next)) {
-            do {
-              step.template operator()<false>(next);
-              next = keys.below(next);
-            } while (keys.exists(next) && keys.is_full(next));
-          } else {
-            step.template operator()<true>(next);
-            next = keys.below(next);
-          }
-        }
-        if (lane == 0) q_ring.release();
-        q_ring.next_round();
-        pv_gemm();
-        wait_gemm<0>(o);
-        release(v_ring);
-      }
-
       const float sink =
           p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e : -kInfinity;
-      float normalizer[2], lse[2];
-      finish_softmax<16, kC.head_dim_v>(state, o, factor, sink, normalizer, lse);
-#pragma unroll
-      for (int32 r = 0; r < 2; ++r) {
-        const int32 row = warp_row + 8 * r + lane / 4;
-        if (lane % 4 == 0 && row < rows) lse_rows[row] = lse[r] * kLn2;
+      const ScoreInputs<kC> in(p, seq, head);
+      KeyBlocks<kC> keys(in, seq, q_row, max_of(rows, 1));
+      int32 n = keys.last();
+      const int32 seeing = keys.exists(n) ? max_of(rows, 0) : 0;
+      const int32 slot_rows = min_of(kC.block_q, seq.q.size - q_row);  // that must be written
+      if (seeing < slot_rows) {
+        store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, seeing, slot_rows, int32(p.head_dim_v));
+        for (int32 r = seeing + thread; r < slot_rows; r += kComputingThreads)
+          lse_rows[r] = r < rows ? sink * kLn2 : -kInfinity;
       }
-      const float dropout_scale = 256.0f / float(p.options.keep_threshold);
-      store_rows<kDType>(o, o_rows, p.o.row_stride, warp_row, rows, int32(p.head_dim_v),
-                         [&](int32 h) { return normalizer[h] * dropout_scale; });
+      if (seeing == 0) return;
+      if (64 * warpgroup >= rows) {
+        finish();
+        return let_pass(keys, n);
+      }
+
+      const uint32 q_tile = base + Storage::kQ + q_ring.stage() * Storage::Q::kBytes;
+      const RowsOperand<typename Storage::Q> q_outside(q_tile);
+      // In front of the loop the compiler would compute all of Q's descriptors, which for large ones do not fit.
+      auto q = [&] {
+        if constexpr (kC.head_dim <= 128) return q_outside;
+        return RowsOperand<typename Storage::Q>(q_tile);
+      };
+      Accumulator<16, kC.block_kv> s;
+      float rescale[2];
+      auto bias_tile = [&] {
+        if constexpr (kC.bias_tiled) {
+          bias_ring.wait_full();
+          const int32 tile = Storage::kBias + bias_ring.stage() * Storage::kBiasBytes;
+          return RowsOfA<typename Storage::Bias>{{base, tile, warp_row}};
+        } else {
+          return NoBiasTile{};
+        }
+      };
+      constexpr bool kRawScores = !kScoresInLog2<kC> && !kDataMasks<kC>;  // where the positional mask shows all
+      auto scores = [&]<bool kMasked>(int32 n) {
+        if constexpr (kMasked || !kRawScores)
+          apply_scores<kC, false, kMasked>(s, p, in, q_row + warp_row, n * kC.block_kv, bias_tile(),
+                                           [](int32, int32, int32, float) {});
+        if constexpr (kC.bias_tiled) {
+          __syncwarp();  // all lanes have read
+          release(bias_ring);
+        }
+      };
+      // From scores to weights, one half of the columns after the other: the second half's maximum is found beside
+      // the first half's exponentials. True if o is to be multiplied by `rescale`. Calls on_maximum() after the first
+      // one.
+      auto softmax = [&]<bool kGuard>(int32 n, auto on_maximum) {
+        constexpr int32 kHalf = kC.block_kv / 32 * 16;
+        bool grows = online_softmax<kGuard, 0, kHalf>(s, state, rescale, factor, on_maximum);
+        float late[2];
+        if (online_softmax<kGuard, kHalf, kC.block_kv>(s, state, late, factor, [] {})) {
+          scale_rows<0, kHalf>(s, late);
+#pragma unroll
+          for (int32 r = 0; r < 2; ++r) rescale[r] = grows ? rescale[r] * late[r] : late[r];
+          grows = true;
+        }
+        if constexpr (kC.dropout)
+          for_each_dropout_bit<false, 16, kC.block_kv>(
+              in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
+              [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
+        return grows;
+      };
+      // Q K^T of block n and P V of the block before it, the last one of the unit before if kFirst. `last`: of the
+      // unit.
+      auto step = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
+        constexpr bool kGuard = kMasked || kDataMasks<kC>;
+        if constexpr (kFirst) q_ring.wait_full();
+        k_ring.wait_full();
+        await_turn();
+        issue_gemm<kDType, kC.head_dim, false>(
+            s, q(), RowsOperand<typename Storage::K>(base + Storage::kK + k_ring.stage() * Storage::K::kBytes));
+        // Where nothing is due, weights of anything: around a branch the compiler would wait for every product.
+        pv_gemm();
+        wait_gemm<1>(s);
+        release(k_ring);
+        if (last) release(q_ring, kWarpgroups);
+        const SoftmaxState<2> before = state;
+        if constexpr (kFirst) state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
+        if (!kFirst || !kRawScores || !keys.is_full(n)) scores.template operator()<kMasked>(n);
+        const bool grows = softmax.template operator()<kGuard>(n, pass_turn);
+        ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
+        wait_gemm<0>(o);
+        pack<kDType>(probs, s);
+        if constexpr (kFirst) {
+          if (due.rows > 0) {
+            release(v_ring);
+            write_results(before);
+          }
+          o.clear();
+          due = {o_rows, lse_rows, rows, sink};
+          hide_rows_behind(p, seq, v_tile(), v_ring, n, warpgroup, thread % 128);
+        } else {
+          release(v_ring);
+          if (grows) scale_rows<0, kC.head_dim_v>(o, rescale);
+        }
+      };
+      int32 next = keys.below(n);
+      step.template operator()<true, true>(n, !keys.exists(next));
+      // Blocks that the mask shows whole have a loop of their own, without a branch to the other step.
+      while (keys.exists(n = next)) {
+        if (keys.is_full(n)) {
+          do {
+            next = keys.below(n);
+            step.template operator()<false, false>(n, !keys.exists(next));
+          } while (keys.exists(n = next) && keys.is_full(n));
+        } else {
+          next = keys.below(n);
+          step.template operator()<true, false>(n, !keys.exists(next));
+        }
+      }
     };
     const uint32 count = work.count();
     for (uint32 unit = blockIdx.x; unit < count;) {
@@ -355,14 +378,17 @@ struct Fwd {
       work.visit(unit, thread, attend, [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
       unit = next;
     }
+    finish();
   }
 
   // Zeros the rows of V that lie behind the keys in use: their weights are 0, which NaN would turn into NaN. The copy
   // engine has done so behind the end of the tensor. Each warpgroup does it for itself.
-  static __forceinline__ void hide_rows_behind(const HopperFwdProblem& p, const Sequence& seq, uint32 tile, int32 n,
-                                               int32 warpgroup, int32 thread) {
+  static __forceinline__ void hide_rows_behind(const HopperFwdProblem& p, const Sequence& seq, uint32 tile,
+                                               const typename Storage::KvRing& v_ring, int32 n, int32 warpgroup,
+                                               int32 thread) {
     const int32 used = seq.kv.used - n * kC.block_kv;
     if (used >= kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
+    v_ring.wait_full();
     zero_rows<typename Storage::V>(tile, used, kC.block_kv, thread, 128);
     ptx::fence_proxy_async();
     __syncwarp();

@@ -35,13 +35,13 @@ class Ring {
   __forceinline__ void wait_full() const { ptx::mbarrier_wait(full(), parity_); }
   __forceinline__ void release() const { ptx::mbarrier_arrive(empty()); }
 
-  __forceinline__ void advance() {
-    if (++stage_ < kStages) return;
-    stage_ = 0;
-    next_round();
+  // By more than one where several parties share the buffers in turns.
+  __forceinline__ void advance(int32 by = 1) {
+    stage_ += by;
+    if (stage_ < kStages) return;
+    stage_ -= kStages;
+    parity_ ^= 1;
   }
-  // For who has to do with one buffer only.
-  __forceinline__ void next_round() { parity_ ^= 1; }
 
  private:
   uint32 barriers_;
