@@ -25,11 +25,10 @@ CHOICES: dict[tuple[str, int], list[Choice]] = {
         {"ping_pong": 0},
         {"num_stages": 2},
         {"block_q": 128, "num_warps": 8},
-        {"block_q": 128, "num_warps": 8, "ping_pong": 0},
         {"block_q": 128, "num_warps": 8, "block_kv": 192, "num_stages": 2},
     ],
-    ("forward", 128): [{"ping_pong": 1}, {"block_kv": 160}, {"block_kv": 176}, {"block_kv": 96, "num_stages": 3}],
-    ("forward", 256): [{"ping_pong": 1}, {"block_kv": 64}],
+    ("forward", 128): [{"block_kv": 160}, {"block_kv": 176}, {"block_kv": 96, "num_stages": 3}],
+    ("forward", 256): [{"block_kv": 64}],
     ("backward", 64): [{"block_q": 64}],
 }
 

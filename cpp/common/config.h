@@ -47,7 +47,6 @@ struct KernelConfig {
   int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward, in both of Hopper's of
                      // bias tiles too; 2 in the gradient of the bias if k and v have one each, in Hopper's of pairs,
                      // which are k and q or v and dO
-  bool ping_pong;    // Hopper's forward: warpgroups take turns, from their products to their first maximum
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
 
   bool operator==(const KernelConfig&) const = default;
@@ -84,7 +83,6 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("num_warps", c.num_warps);
   visit("warps_d", c.warps_d);
   visit("num_stages", c.num_stages);
-  visit("ping_pong", c.ping_pong);
   visit("min_blocks", c.min_blocks);
 }
 
@@ -113,6 +111,12 @@ static constexpr int32 panel_cols_of_v(const KernelConfig& c) {
 // Threads of the main kernel.
 static constexpr int32 num_threads(const KernelConfig& c) {
   return 32 * c.num_warps + (c.family == Family::kSm90 ? 128 : 0);
+}
+
+// Rows that lie in no sequence, of which a unit of work defines so many: threads one each. Hopper's forward leaves them
+// to a single warp.
+static constexpr int32 stray_rows(const KernelConfig& c) {
+  return c.family == Family::kSm90 && c.direction == Direction::kFwd ? 32 : 32 * c.num_warps;
 }
 
 // Registers per thread with which a kernel starts that has a multiprocessor to itself. Warps may take more only from

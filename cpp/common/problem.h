@@ -108,6 +108,7 @@ struct alignas(128) TensorMap {
 struct UnitOrder {
   Divisor section;        // heads, of all sequences and batch entries, that are worked on at a time
   Divisor section_units;  // units of so many heads
+  Divisor last_section;   // heads of the last section
   Divisor num_heads;      // of queries in the forward, of keys in the backward
   Divisor num_sequences;
   Divisor group;  // query heads of a key head

@@ -48,7 +48,6 @@ int32 tiled_head_dim(int32 head_dim, int32 unit) {
 
 struct Tiling {
   int32 block_q, block_kv, num_warps, warps_d, num_stages, min_blocks;
-  bool ping_pong = false;
 };
 
 // Whether the copy engine can bring the bias, and shared memory has room for it beside large tiles of all operands.
@@ -74,10 +73,10 @@ bool is_plain(const KernelConfig& c) {
 // 348, 311; 1024 full 403, 366; 1024 causal 265, 273; 2048 causal 363, 338; 4096 full 459, 408); and taking turns is
 // worth 5 %, which it is not beyond.
 Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
-  if (head_dim <= 64 && c.long_queries && is_plain(c)) return {192, 128, 12, 1, 4, 1, true};
+  if (head_dim <= 64 && c.long_queries && is_plain(c)) return {192, 128, 12, 1, 4, 1};
   if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
   if (head_dim > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
-  return {128, 128, 8, 1, head_dim > 64 ? 2 : c.bias_tiled ? 3 : 4, 1, head_dim <= 64};
+  return {128, 128, 8, 1, head_dim > 64 ? 2 : c.bias_tiled ? 3 : 4, 1};
 }
 
 // Operands that each score needs hold registers of their own: with several of them, or with rows that are copied
@@ -186,7 +185,6 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.warps_d = t.warps_d;
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
-  c.ping_pong = t.ping_pong;
   c.long_queries = false;
   // Else the bias is read element by element.
   c.bias_tiled = c.bias_tiled && c.block_kv % 32 == 0 && shared_bytes(c) <= arch.max_shared_bytes;
@@ -205,30 +203,36 @@ int64 group_of(const Problem& p) {
   return p.num_heads / max_of<int64>(p.num_heads_kv, 1);
 }
 
-// For num_heads heads, each with so many blocks. Sections are of as many times least_heads, whose operands have
-// least_bytes, as stay in the L2 cache, of 50 MB, while all blocks go through them.
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 least_bytes,
-                   int64 kCacheBytes) {
+// For num_heads heads, each with so many blocks. A section is of least_heads, which share operands of least_bytes, so
+// that these are read from memory once. Where units differ in length, the last section is of as many heads as have
+// operands that stay in the L2 cache, of 50 MB: its units come in the order of their lengths, which fills the
+// multiprocessors to the end (cycles in thousands beside those of such sections throughout: forward, causal, head dim
+// 128:
+// ...).
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 least_bytes) {
+  constexpr int64 kCacheBytes = 32 << 20;
+  const Options& o = p.options;
+  const bool uneven = (o.window_left < 0 && o.window_right >= 0) || p.cu_seqlens_q.data || p.cu_seqlens_kv.data ||
+                      p.q_lens.data || p.kv_lens.data;
+  const int64 fitting = uneven ? max_of<int64>(kCacheBytes / max_of<int64>(least_bytes, 1), 1) : 1;
+  const int64 last = min_of(fitting * least_heads, num_heads * p.num_sequences * num_batch_entries(p));
   auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
-  const int64 fitting = max_of<int64>(kCacheBytes / max_of<int64>(least_bytes, 1), 1) * least_heads;
-  const int64 section = min_of(fitting, num_heads * p.num_sequences * num_batch_entries(p));
-  return {divisor(section), divisor(section * blocks), divisor(num_heads), divisor(p.num_sequences),
-          divisor(group_of(p))};
+  return {divisor(least_heads), divisor(least_heads * blocks), divisor(last),
+          divisor(num_heads),   divisor(p.num_sequences),      divisor(group_of(p))};
 }
 
 }  // namespace
 
 UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c) {
   // K and V in 16 bits, which the query heads of a group share.
-  const bool causal = p.options.window_left < 0 && p.options.window_right >= 0;
   return order_of(p, p.num_heads, ceil_div(p.max_seqlen_q, c.block_q), group_of(p),
-                  2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v), causal ? 32 << 20 : 1);
+                  2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v));
 }
 
 UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c) {
   // q and dO in 16 bits, and dq_accum in 32.
   return order_of(p, p.num_heads_kv, ceil_div(p.max_seqlen_kv, c.block_kv), 1,
-                  2 * group_of(p) * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v), 32 << 20);
+                  2 * group_of(p) * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v));
 }
 
 void override_config(Fields fields) {

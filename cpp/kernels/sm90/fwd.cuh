@@ -24,6 +24,13 @@
 
 namespace flash::sm90 {
 
+// What warps tell each other of a unit of work: a block of queries of a head.
+struct Unit {
+  Sequence seq;
+  int32 head;  // -1: there are no more units
+  int32 q_row;
+};
+
 template <KernelConfig kC>
 struct FwdStorage {
   static constexpr int32 kWarpgroups = kC.num_warps / 4;  // that compute
@@ -41,8 +48,9 @@ struct FwdStorage {
   static constexpr int32 kQBarriers = kBias + kC.num_stages * kBiasBytes, kKBarriers = kQBarriers + QRing::kBytes;
   static constexpr int32 kVBarriers = kKBarriers + KvRing::kBytes, kUnitBarriers = kVBarriers + KvRing::kBytes;
   static constexpr int32 kBiasBarriers = kUnitBarriers + UnitRing::kBytes;
-  static constexpr int32 kUnits = kBiasBarriers + (kC.bias_tiled ? KvRing::kBytes : 0);  // two int32
-  static_assert(kUnits + 8 <= kQBarriers + kBarrierBytes && kQBarriers + kBarrierBytes == shared_bytes(kC));
+  static constexpr int32 kUnits = kBiasBarriers + (kC.bias_tiled ? KvRing::kBytes : 0);
+  static_assert(kUnits + UnitRing::kStages * sizeof(Unit) <= kQBarriers + kBarrierBytes && kUnits % 16 == 0);
+  static_assert(kQBarriers + kBarrierBytes == shared_bytes(kC));
   static_assert(kC.num_warps % 4 == 0 && kC.block_q == 16 * kC.num_warps);
 };
 
@@ -55,7 +63,7 @@ struct Fwd {
   static constexpr int32 kBatchAxes = kC.num_batch_axes, kWarpgroups = Storage::kWarpgroups;
   static constexpr int32 kComputingThreads = 32 * kC.num_warps;
   static constexpr DType kDType = kC.dtype;
-  using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, kComputingThreads, true, Divisor>;
+  using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, stray_rows(kC), true, Divisor>;
 
   // Registers per thread of the copying warpgroup and of the others.
   static constexpr int32 kCopyingRegisters = kWarpgroups == 3 ? 32 : 40;
@@ -64,127 +72,166 @@ struct Fwd {
                 registers_at_start(kC) * num_threads(kC));
   static_assert(kWarpgroups == 2 || kWarpgroups == 3);
 
+  // A turn goes from a warpgroup's products to the end of their issue, or to its first maximum, when the first of them
+  // is done: where exponentials take longer than products, these had better not be in each other's way.
+  static constexpr bool kTurnHasMaximum = kC.head_dim <= 64;
+
   static __forceinline__ void run(const HopperFwdProblem& p, char* shared) {
     const uint32 base = ptx::shared_address(shared);
     if (threadIdx.x == 0) {
       Storage::QRing::init(base + Storage::kQBarriers, 4);
       Storage::KvRing::init(base + Storage::kKBarriers, kC.num_warps);
       Storage::KvRing::init(base + Storage::kVBarriers, kC.num_warps);
-      Storage::UnitRing::init(base + Storage::kUnitBarriers, kC.num_warps);
+      Storage::UnitRing::init(base + Storage::kUnitBarriers, kC.num_warps + 2);
       if constexpr (kC.bias_tiled) Storage::KvRing::init(base + Storage::kBiasBarriers, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
       ptx::setmaxnreg_dec<kCopyingRegisters>();
-      if (threadIdx.x < 32) copy(p, shared, base);
+      switch (threadIdx.x / 32) {
+        case 0: copy_kv(p, shared, base); break;
+        case 1: copy_q(p, shared, base); break;
+        case 2: hand_out_units(p, shared, base); break;
+      }
     } else {
       ptx::setmaxnreg_inc<kComputingRegisters>();
       compute(p, shared, base);
     }
   }
 
-  // The copying warp. Its first lane does all that touches memory.
-  static __forceinline__ void copy(const HopperFwdProblem& p, char* shared, uint32 base) {
+  // The warp that finds out what the thread block's units are, one ahead of those who work on them. The first two are
+  // known; others, if there are any, a counter hands out.
+  static __forceinline__ void hand_out_units(const HopperFwdProblem& p, char* shared, uint32 base) {
     const Work work(p, p.order);
-    const bool first_lane = threadIdx.x == 0;
+    typename Storage::UnitRing ring(base + Storage::kUnitBarriers);
+    const bool first_lane = threadIdx.x % 32 == 0;
+    auto tell = [&](const Unit& unit) {
+      if (first_lane) {
+        ring.wait_empty();
+        *reinterpret_cast<Unit*>(shared + Storage::kUnits + ring.stage() * sizeof(Unit)) = unit;
+        ptx::mbarrier_arrive(ring.full());
+      }
+      ring.advance();
+    };
+    const uint32 count = work.count();
+    const bool asks = asks_for_units(count, gridDim.x);
+    uint32 index = blockIdx.x;
+    for (bool first = true; index < count; first = false) {
+      work.visit(
+          index, threadIdx.x % 32, [&](const Sequence& seq, int32 head, int32 q_row) { tell({seq, head, q_row}); },
+          [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
+      uint32 next = first ? index + gridDim.x : count;
+      if (!first && asks && first_lane) {
+        ring.wait_empty();  // who gets on faster shall ask earlier
+        next = 2 * gridDim.x + uint32(ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1));
+      }
+      index = __shfl_sync(~0u, next, 0);
+    }
+    tell({{}, -1});
+  }
+
+  // Calls on_unit(unit) for all of them.
+  template <class OnUnit>
+  static __forceinline__ void for_each_unit(const char* shared, uint32 base, OnUnit on_unit) {
+    for (typename Storage::UnitRing ring(base + Storage::kUnitBarriers);;) {
+      ring.wait_full();
+      Unit unit;
+      const auto* words = reinterpret_cast<const int32*>(shared + Storage::kUnits + ring.stage() * sizeof(Unit));
+#pragma unroll
+      for (int32 i = 0; i < int32(sizeof(Unit) / 4); ++i) reinterpret_cast<int32*>(&unit)[i] = uniform(words[i]);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ring.release();
+      ring.advance();
+      if (unit.head < 0) return;
+      on_unit(unit);
+    }
+  }
+
+  // The blocks of keys that a unit's queries see.
+  static __forceinline__ KeyBlocks<kC> keys_of(const ScoreInputs<kC>& in, const Unit& unit) {
+    return {in, unit.seq, unit.q_row, min_of(kC.block_q, unit.seq.q.used - unit.q_row)};
+  }
+
+  // Fills the ring's next buffer, of those at `tiles`. Only the warp's first lane touches memory.
+  template <class T>
+  static __forceinline__ void load(auto& ring, uint32 tiles, const TensorMap& map, int32 row, int32 head, int32 batch,
+                                   int32 col = 0) {
+    if (threadIdx.x % 32 == 0) {
+      ring.wait_empty();
+      ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytes);
+#pragma unroll
+      for (int32 panel = 0; panel < T::kPanels; ++panel)
+        ptx::tma_load(tiles + ring.stage() * T::kBytes + panel * T::kPanelBytes, map, ring.full(),
+                      col + panel * T::kPanelCols, row, head, batch);
+    }
+    ring.advance();
+  }
+
+  // The warp that copies Q, where there are two buffers while others work on the unit before.
+  static __forceinline__ void copy_q(const HopperFwdProblem& p, const char* shared, uint32 base) {
     typename Storage::QRing q_ring(base + Storage::kQBarriers);
+    if (threadIdx.x % 32 == 0) ptx::prefetch_tensor_map(p.q_map);
+    for_each_unit(shared, base, [&](const Unit& unit) {
+      KeyBlocks<kC> keys = keys_of(ScoreInputs<kC>(p, unit.seq, unit.head), unit);
+      if (!keys.exists(keys.last())) return;
+#pragma unroll
+      for (int32 w = 0; w < kWarpgroups; ++w)
+        load<typename Storage::Q>(q_ring, base + Storage::kQ, p.q_map, unit.seq.q.begin + unit.q_row + 64 * w,
+                                  unit.head, int32(unit.seq.batch));
+    });
+  }
+
+  // The warp that copies K, V and bias.
+  static __forceinline__ void copy_kv(const HopperFwdProblem& p, const char* shared, uint32 base) {
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
     typename Storage::KvRing bias_ring(base + Storage::kBiasBarriers);
-    typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
-    if (first_lane) {
-      ptx::prefetch_tensor_map(p.q_map);
+    if (threadIdx.x % 32 == 0) {
       ptx::prefetch_tensor_map(p.k_map);
       ptx::prefetch_tensor_map(p.v_map);
       if constexpr (kC.bias_tiled) ptx::prefetch_tensor_map(p.bias_map);
     }
-
-    auto load = [&]<class T>(auto& ring, int32 tile, const TensorMap& map, int32 row, int32 head, int32 batch,
-                             int32 col = 0) {
-      if (first_lane) {
-        ring.wait_empty();
-        ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytes);
-#pragma unroll
-        for (int32 panel = 0; panel < T::kPanels; ++panel)
-          ptx::tma_load(base + tile + ring.stage() * T::kBytes + panel * T::kPanelBytes, map, ring.full(),
-                        col + panel * T::kPanelCols, row, head, batch);
-      }
-      ring.advance();
-    };
-    auto load_block = [&](const Sequence& seq, int32 head, int32 q_row) {
-      const int32 rows = min_of(kC.block_q, seq.q.used - q_row);
-      if (rows <= 0) return;
-      KeyBlocks<kC> keys(ScoreInputs<kC>(p, seq, head), seq, q_row, rows);
+    for_each_unit(shared, base, [&](const Unit& unit) {
+      const Sequence& seq = unit.seq;
+      KeyBlocks<kC> keys = keys_of(ScoreInputs<kC>(p, seq, unit.head), unit);
       int32 n = keys.last();
       if (!keys.exists(n)) return;
-      const int32 kv_head = int32(quotient(uint32(head), p.order.group));
+      const int32 kv_head = int32(quotient(uint32(unit.head), p.order.group));
       auto coordinate = [&](const View& view) { return view.batch_stride[0] ? int32(seq.batch) : 0; };
       const int32 k_batch = coordinate(p.k), v_batch = coordinate(p.v);
       auto load_k_and_bias = [&](int32 n) {
-        load.template operator()<typename Storage::K>(k_ring, Storage::kK, p.k_map, seq.kv.begin + n * kC.block_kv,
-                                                      kv_head, k_batch);
+        load<typename Storage::K>(k_ring, base + Storage::kK, p.k_map, seq.kv.begin + n * kC.block_kv, kv_head,
+                                  k_batch);
         if constexpr (kC.bias_tiled)
-          load.template operator()<typename Storage::Bias>(bias_ring, Storage::kBias, p.bias_map, q_row,
-                                                           p.bias.head_stride ? head : 0, coordinate(p.bias),
-                                                           n * kC.block_kv);
+          load<typename Storage::Bias>(bias_ring, base + Storage::kBias, p.bias_map, unit.q_row,
+                                       p.bias.head_stride ? unit.head : 0, coordinate(p.bias), n * kC.block_kv);
       };
       load_k_and_bias(n);
-#pragma unroll
-      for (int32 w = 0; w < kWarpgroups; ++w)
-        load.template operator()<typename Storage::Q>(q_ring, Storage::kQ, p.q_map, seq.q.begin + q_row + 64 * w, head,
-                                                      int32(seq.batch));
 #pragma unroll 1
       while (keys.exists(n)) {
         const int32 next = keys.below(n);
         if (keys.exists(next)) load_k_and_bias(next);
-        load.template operator()<typename Storage::V>(v_ring, Storage::kV, p.v_map, seq.kv.begin + n * kC.block_kv,
-                                                      kv_head, v_batch);
+        load<typename Storage::V>(v_ring, base + Storage::kV, p.v_map, seq.kv.begin + n * kC.block_kv, kv_head,
+                                  v_batch);
         n = next;
       }
-    };
-
-    const uint32 count = work.count();
-    int32* counter = static_cast<int32*>(p.next_unit.data);
-    // The first two units of a thread block are known. Others, if there are any, are asked for one unit ahead: the
-    // computing warps learn of the next one before they write their results, which they would queue behind.
-    const bool asks = asks_for_units(count, gridDim.x);
-    uint32 unit = blockIdx.x, next = unit + gridDim.x;
-    while (unit < count) {
-      uint32 asked_for = count;
-      if (first_lane) {
-        unit_ring.wait_empty();
-        reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()] = next;
-        ptx::mbarrier_arrive(unit_ring.full());
-        if (asks) asked_for = 2 * gridDim.x + uint32(ptx::atom_add(counter, 1));
-      }
-      unit_ring.advance();
-      work.visit(unit, threadIdx.x, load_block, [](int64, int64) {});
-      unit = next;
-      next = __shfl_sync(~0u, asked_for, 0);
-    }
+    });
   }
 
   // A warp that computes.
   static __forceinline__ void compute(const HopperFwdProblem& p, char* shared, uint32 base) {
-    const Work work(p, p.order);
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
     const int32 warpgroup = uniform(thread / 128), warp_row = thread / 32 * 16;
     typename Storage::QRing q_ring(base + Storage::kQBarriers, warpgroup);
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
     typename Storage::KvRing bias_ring(base + Storage::kBiasBarriers);
-    typename Storage::UnitRing unit_ring(base + Storage::kUnitBarriers);
     auto release = [&](auto& ring, int32 by = 1) {
       if (lane == 0) ring.release();
       ring.advance(by);
     };
-    // Another warpgroup starts its products when this one begins with its exponentials, so that no two compute those at
-    // the same time; the last one lets the first begin.
-    auto await_turn = [&] {
-      if constexpr (kC.ping_pong) ptx::barrier_sync(kTurn + warpgroup, 256);
-    };
-    auto pass_turn = [&] {
-      if constexpr (kC.ping_pong) ptx::barrier_arrive(kTurn + (warpgroup + 1 < kWarpgroups ? warpgroup + 1 : 0), 256);
-    };
+    // Warpgroups take turns, lest two compute exponentials at the same time; the last one lets the first begin.
+    auto await_turn = [&] { ptx::barrier_sync(kTurn + warpgroup, 256); };
+    auto pass_turn = [&] { ptx::barrier_arrive(kTurn + (warpgroup + 1 < kWarpgroups ? warpgroup + 1 : 0), 256); };
     if (warpgroup == kWarpgroups - 1) pass_turn();
 
     // A warpgroup without rows of its own lets the buffers of a unit pass, and its turns.
@@ -250,7 +297,8 @@ struct Fwd {
       due.rows = 0;
     };
 
-    auto attend = [&](const Sequence& seq, int32 head, int32 q_row) {
+    auto attend = [&](const Unit& unit) {
+      const auto& [seq, head, q_row] = unit;
       const int32 rows = min_of(kC.block_q, seq.q.used - q_row);  // that take part
       const int64 o_row = seq.q.begin + q_row;
       uint16* o_rows = address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row);
@@ -258,9 +306,9 @@ struct Fwd {
       const float sink =
           p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e : -kInfinity;
       const ScoreInputs<kC> in(p, seq, head);
-      KeyBlocks<kC> keys(in, seq, q_row, max_of(rows, 1));
+      KeyBlocks<kC> keys = keys_of(in, unit);
       int32 n = keys.last();
-      const int32 seeing = keys.exists(n) ? max_of(rows, 0) : 0;
+      const int32 seeing = keys.exists(n) ? rows : 0;                  // of those that take part, all or none
       const int32 slot_rows = min_of(kC.block_q, seq.q.size - q_row);  // that must be written
       if (seeing < slot_rows) {
         store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, seeing, slot_rows, int32(p.head_dim_v));
@@ -331,13 +379,16 @@ struct Fwd {
             s, q(), RowsOperand<typename Storage::K>(base + Storage::kK + k_ring.stage() * Storage::K::kBytes));
         // Where nothing is due, weights of anything: around a branch the compiler would wait for every product.
         pv_gemm();
+        if constexpr (!kTurnHasMaximum) pass_turn();
         wait_gemm<1>(s);
         release(k_ring);
         if (last) release(q_ring, kWarpgroups);
         const SoftmaxState<2> before = state;
         if constexpr (kFirst) state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
         if (!kFirst || !kRawScores || !keys.is_full(n)) scores.template operator()<kMasked>(n);
-        const bool grows = softmax.template operator()<kGuard>(n, pass_turn);
+        const bool grows = softmax.template operator()<kGuard>(n, [&] {
+          if constexpr (kTurnHasMaximum) pass_turn();
+        });
         ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
         wait_gemm<0>(o);
         pack<kDType>(probs, s);
@@ -369,15 +420,7 @@ struct Fwd {
         }
       }
     };
-    const uint32 count = work.count();
-    for (uint32 unit = blockIdx.x; unit < count;) {
-      unit_ring.wait_full();
-      const uint32 next = reinterpret_cast<volatile uint32*>(shared + Storage::kUnits)[unit_ring.stage()];
-      __syncwarp();
-      release(unit_ring);
-      work.visit(unit, thread, attend, [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
-      unit = next;
-    }
+    for_each_unit(shared, base, attend);
     finish();
   }
 

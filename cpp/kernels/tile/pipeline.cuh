@@ -8,9 +8,10 @@ namespace flash {
 
 // One party's place in a ring of kStages buffers. Each buffer has two barriers of 8 bytes: the full ones lie at
 // `barriers`, the empty ones behind them.
-template <int32 kStages>
+template <int32 kNumStages>
 class Ring {
  public:
+  static constexpr int32 kStages = kNumStages;
   static constexpr int32 kBytes = 16 * kStages;
 
   // By one thread. A buffer is full when all who fill it say so, and empty when all readers have released it.

@@ -65,14 +65,14 @@ struct FilterOf<true, kOther> {
   using Type = SegmentFilter<kOther>;
 };
 
-// The blocks of keys that the rows [row, row + rows) of a sequence visit, from the last to the first.
+// The blocks of keys that the rows [row, row + rows) of a sequence visit, from the last to the first. No rows: none.
 template <KernelConfig kC>
 class KeyBlocks {
   using Filter = typename FilterOf<kC.segments, kC.block_kv>::Type;
 
  public:
   __forceinline__ KeyBlocks(const ScoreInputs<kC>& in, const Sequence& seq, int32 row, int32 rows)
-      : range_(key_blocks(in.rule, row, row + rows, kC.block_kv)),
+      : range_(rows > 0 ? key_blocks(in.rule, row, row + rows, kC.block_kv) : BlockRange{}),
         filter_(in.q_segments, row, row + rows, in.kv_segments, seq.kv.used) {}
 
   __forceinline__ int32 last() { return below(range_.end); }

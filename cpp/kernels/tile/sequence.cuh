@@ -33,7 +33,11 @@ __forceinline__ T* address_of(const Problem& p, const View& view, int64 batch, i
 template <int32 kBatchAxes>
 __forceinline__ void zero_row(const Problem& p, const View& view, int64 batch, int64 head, int64 row, int64 cols) {
   uint16* x = address_of<uint16, kBatchAxes>(p, view, batch, head, row);
-  for (int64 c = 0; c < cols; ++c) x[c] = 0;
+  if ((reinterpret_cast<uint64>(x) | uint64(2 * cols)) % 16 == 0) {
+    for (int64 c = 0; c < cols; c += 8) *reinterpret_cast<uint4*>(x + c) = {0, 0, 0, 0};
+  } else {
+    for (int64 c = 0; c < cols; ++c) x[c] = 0;
+  }
 }
 
 // Defines the results of a row that lies in no sequence, in one thread.
@@ -151,9 +155,9 @@ enum class Side { kQueries, kKeys };
 // The work of a grid, in units: [batch entry, sequence, head, block of kBlockRows rows] and then, if packed, blocks of
 // kStrayRows rows of batch entries, for rows that lie in no sequence and that nobody else would define.
 //
-// Heads (of all sequences and batch entries) come in sections, blocks of a section in turn for each head. Late blocks
-// come first if kLateFirst: with a causal mask those of queries are the longest, and those of keys the first that have
-// turns at dq.
+// Heads (of all sequences and batch entries) come in sections, blocks of a section in turn for each head; all sections
+// but the last have as many heads. Late blocks come first if kLateFirst: with a causal mask those of queries are the
+// longest, and those of keys the first that have turns at dq.
 //
 // Div is Divisor where the host has prepared the divisions, else PlainDivisor.
 template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool kLateFirst, class Div>
@@ -161,14 +165,15 @@ struct Units {
   const Problem& p;
   // 32 bits, as a grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
   uint32 blocks, heads, block_units;
-  Div section, section_units, num_heads, num_sequences;
+  Div section, section_units, last_section, num_heads, num_sequences;
 
   static constexpr bool kQueries = kSide == Side::kQueries;
 
   __forceinline__ Units(const Problem& problem, const UnitOrder& order)
-      : Units(problem, order.section, order.section_units, order.num_heads, order.num_sequences) {}
+      : Units(problem, order.section, order.section_units, order.last_section, order.num_heads, order.num_sequences) {}
+  // All sections of so many heads, which divide those of a sequence.
   __forceinline__ Units(const Problem& problem, uint32 section)
-      : Units(problem, {section}, {section * blocks_of(problem)}, {heads_of(problem)},
+      : Units(problem, {section}, {section * blocks_of(problem)}, {section}, {heads_of(problem)},
               {uint32(problem.num_sequences)}) {}
 
   __forceinline__ uint32 count() const {
@@ -182,12 +187,13 @@ struct Units {
   template <class OnBlock, class OnStray>
   __forceinline__ void visit(uint32 unit, int32 thread, OnBlock on_block, OnStray on_stray) const {
     if (unit < block_units) {
-      const uint32 section_index = quotient(unit, section_units), rest = unit - section_index * section_units.value;
-      const uint32 first_head = section_index * section.value, heads_left = heads - first_head;
-      // The last section may have fewer heads.
-      const uint32 width = min_of(section.value, heads_left);
-      const uint32 block = width == section.value ? quotient(rest, section) : rest / width;
-      const uint32 linear_head = first_head + rest - block * width, entry = quotient(linear_head, num_heads);
+      const uint32 heads_before = heads - last_section.value;  // the last section
+      const bool last = unit >= heads_before * blocks;
+      const uint32 section_index = quotient(unit, section_units);
+      const uint32 first_head = last ? heads_before : section_index * section.value, rest = unit - first_head * blocks;
+      const Div width = last ? last_section : section;
+      const uint32 block = quotient(rest, width);
+      const uint32 linear_head = first_head + rest - block * width.value, entry = quotient(linear_head, num_heads);
       const uint32 head = linear_head - entry * num_heads.value, batch = quotient(entry, num_sequences);
       const Sequence s = sequence_of<kBatchAxes>(p, batch, int32(entry - batch * num_sequences.value));
       const int32 size = kQueries ? s.q.size : s.kv.size;
@@ -216,19 +222,21 @@ struct Units {
   }
   static __forceinline__ uint32 heads_of(const Problem& p) { return uint32(kQueries ? p.num_heads : p.num_heads_kv); }
 
-  __forceinline__ Units(const Problem& problem, Div section, Div section_units, Div num_heads, Div num_sequences)
+  __forceinline__ Units(const Problem& problem, Div section, Div section_units, Div last_section, Div num_heads,
+                        Div num_sequences)
       : p(problem),
         blocks(blocks_of(p)),
         heads(heads_of(p) * uint32(p.num_sequences * num_batch_entries(p))),
         block_units(blocks * heads),
         section(section),
         section_units(section_units),
+        last_section(last_section),
         num_heads(num_heads),
         num_sequences(num_sequences) {}
 };
 
-// Does unit blockIdx.x with all of kThreads threads. Sections are of so many heads: of one for kernels that read their
-// operands many times, of all for those that go through memory once, in its order.
+// Does unit blockIdx.x with all of kThreads threads. Sections are of one head for kernels that read their operands many
+// times, of all of a sequence for those that go through memory once, in its order.
 template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kLateFirst, class OnBlock, class OnStray>
 __forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray, uint32 section = 1) {
   Units<kBatchAxes, kSide, kBlockRows, kThreads, kLateFirst, PlainDivisor>(p, section)
