@@ -25,12 +25,11 @@ __forceinline__ void mbarrier_arrive_expect_tx(uint32 barrier, uint32 bytes) {
 
 // Waits for the end of the phase with this parity; the first phase has parity 0, the one "before" it 1.
 __forceinline__ void mbarrier_wait(uint32 barrier, uint32 parity) {
-  constexpr uint32 kNanoseconds = 10'000'000;  // of sleep at a time, lest it takes turns from those who compute
   asm volatile(
       "{\n.reg .pred done;\n"
-      "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
+      "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra end_%=;\nbra again_%=;\nend_%=:\n}" ::"r"(barrier),
-      "r"(parity), "r"(kNanoseconds)
+      "r"(parity)
       : "memory");
 }
 
