@@ -96,9 +96,13 @@ static constexpr int32 panel_cols(int32 cols, int32 shares = 1) {
   return cols / shares % 64 == 0 ? 64 : 32;
 }
 
-// Hopper's backward: two warpgroups have 64 queries of dQ each, or the same 64 and half of the columns.
+// Hopper's backward: two warpgroups have 64 queries of dQ each, or the same 64 and half of the columns, in whole
+// panels. Of head dim 96 they both have the 32 in the middle.
 static constexpr int32 column_shares_of_dq(const KernelConfig& c) {
   return c.block_q == 64 ? 2 : 1;
+}
+static constexpr int32 columns_of_dq(const KernelConfig& c) {
+  return (c.head_dim / column_shares_of_dq(c) + 31) / 32 * 32;
 }
 // Panels of its tiles with q's head dim, and of those with v's.
 static constexpr int32 panel_cols_of_q(const KernelConfig& c) {

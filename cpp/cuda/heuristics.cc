@@ -174,8 +174,8 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   const bool portable = family != fields.end() && Family(family->second) == Family::kSm80;
   if (is_for_hopper(c, arch) && !portable) c.family = Family::kSm90;
   const Tiling t = tiling(c, max_of(facts.head_dim, facts.head_dim_v), arch);
-  // Each of warps_d warps has blocks of 16 columns. In Hopper's backward a warpgroup has whole panels.
-  const int32 unit = t.warps_d > 2 || (c.family == Family::kSm90 && c.direction == Direction::kBwd) ? 64 : 32;
+  // Each of warps_d warps has blocks of 16 columns, on Hopper each of warps_d warpgroups whole panels of 32.
+  const int32 unit = t.warps_d > (c.family == Family::kSm90 ? 1 : 2) ? 64 : 32;
   c.head_dim = tiled_head_dim(facts.head_dim, unit);
   c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit);
   c.exact = c.head_dim == facts.head_dim && c.head_dim_v == facts.head_dim_v;

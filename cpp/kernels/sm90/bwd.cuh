@@ -60,7 +60,7 @@ struct Bwd {
   static constexpr int32 kBatchAxes = kC.num_batch_axes, kD = kC.warps_d;
   static constexpr int32 kComputingThreads = 256;
   static constexpr int32 kQueries = kC.block_q / kD;  // of a warpgroup's part of S^T
-  static constexpr int32 kDqShares = column_shares_of_dq(kC);
+  static constexpr int32 kDqShares = column_shares_of_dq(kC), kDqCols = columns_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
   // K and V as left operands from registers, where these suffice. Shared memory, of which two of the five products then
   // read half as much, bounds small head dims.
@@ -269,7 +269,10 @@ struct Bwd {
     const int32 warp_key = key_row + 16 * warp_in_group;
     const int32 dk_col = kD == 2 ? kC.head_dim / 2 * warpgroup : 0,
                 dv_col = kD == 2 ? kC.head_dim_v / 2 * warpgroup : 0;
-    const int32 dq_row = kDqShares == 1 ? 64 * warpgroup : 0, dq_col = kDqShares == 2 ? kC.head_dim / 2 * warpgroup : 0;
+    const int32 dq_row = kDqShares == 1 ? 64 * warpgroup : 0;
+    const int32 dq_col = kDqShares == 2 ? (kC.head_dim - kDqCols) * warpgroup : 0;
+    // Columns of the second warpgroup that are the first one's too.
+    constexpr int32 kSharedCols = kDqShares * kDqCols - kC.head_dim;
 
     auto target = [&](const View& view) {
       return address_of<uint16, kBatchAxes>(p, view, seq.batch, block.kv_head, seq.kv.begin + kv_row);
@@ -310,7 +313,7 @@ struct Bwd {
         for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
       }
       // dQ = dS K, from a buffer once it has everyone's dS^T, and its addition to what other thread blocks have found.
-      using Dq = Accumulator<16, kC.head_dim / kDqShares>;
+      using Dq = Accumulator<16, kDqCols>;
       auto issue_dq = [&](Dq& dq, const typename Storage::Scores& buffer) {
         buffer.wait_full();
         const uint32 tile = base + Storage::kDs + buffer.stage() * S::kBytes;
@@ -321,7 +324,8 @@ struct Bwd {
       auto add_dq = [&](const Dq& dq, int32 head, int32 q_row) {
         if constexpr (kC.deterministic) turns.wait_full();
         const int32 row = q_row + dq_row;
-        add_to_dq<kC, 1>(p, seq, accum_block_behind(p, accum, head, row), dq, row, 16 * warp_in_group, dq_col);
+        add_to_dq<kC, 1>(p, seq, accum_block_behind(p, accum, head, row), dq, row, 16 * warp_in_group, dq_col,
+                         kSharedCols ? kSharedCols * warpgroup : 0);
         if constexpr (kC.deterministic) {
           __syncwarp();  // all lanes have added
           release(turns);
