@@ -28,7 +28,7 @@ namespace flash::sm90 {
 struct Unit {
   Sequence seq;
   int32 head;  // -1: there are no more units
-  int32 q_row;
+  int32 q_row, q_end;
 };
 
 template <KernelConfig kC>
@@ -76,6 +76,10 @@ struct Fwd {
   // is done: where exponentials take longer than products, these had better not be in each other's way.
   static constexpr bool kTurnHasMaximum = kC.head_dim <= 64;
 
+  // Whether a warpgroup has registers for P of one block and scores of the next one at a time.
+  static constexpr bool kPvLags = kWarpgroups == 2 || kC.head_dim <= 64;
+  static_assert(kPvLags || !kC.dropout);
+
   static __forceinline__ void run(const HopperFwdProblem& p, char* shared) {
     const uint32 base = ptx::shared_address(shared);
     if (threadIdx.x == 0) {
@@ -119,7 +123,13 @@ struct Fwd {
     uint32 index = blockIdx.x;
     for (bool first = true; index < count; first = false) {
       work.visit(
-          index, threadIdx.x % 32, [&](const Sequence& seq, int32 head, int32 q_row) { tell({seq, head, q_row}); },
+          index, threadIdx.x % 32,
+          [&](const Sequence& seq, int32 head, int32 row) {
+            // Blocks end with the sequence, in multiples of a warpgroup's rows: the one that is not full has the least
+            // keys if causal.
+            const int32 end = row + kC.block_q - (kC.block_q - 1 - (seq.q.size - 1) % kC.block_q) / 64 * 64;
+            tell({seq, head, max_of(end - kC.block_q, 0), end});
+          },
           [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
       uint32 next = first ? index + gridDim.x : count;
       if (!first && asks && first_lane) {
@@ -150,7 +160,7 @@ struct Fwd {
 
   // The blocks of keys that a unit's queries see.
   static __forceinline__ KeyBlocks<kC> keys_of(const ScoreInputs<kC>& in, const Unit& unit) {
-    return {in, unit.seq, unit.q_row, min_of(kC.block_q, unit.seq.q.used - unit.q_row)};
+    return {in, unit.seq, unit.q_row, min_of(unit.q_end, unit.seq.q.used) - unit.q_row};
   }
 
   // Fills the ring's next buffer, of those at `tiles`. Only the warp's first lane touches memory.
@@ -230,8 +240,12 @@ struct Fwd {
       ring.advance(by);
     };
     // Warpgroups take turns, lest two compute exponentials at the same time; the last one lets the first begin.
-    auto await_turn = [&] { ptx::barrier_sync(kTurn + warpgroup, 256); };
-    auto pass_turn = [&] { ptx::barrier_arrive(kTurn + (warpgroup + 1 < kWarpgroups ? warpgroup + 1 : 0), 256); };
+    auto await_turn = [&] {
+      if constexpr (kPvLags) ptx::barrier_sync(kTurn + warpgroup, 256);
+    };
+    auto pass_turn = [&] {
+      if constexpr (kPvLags) ptx::barrier_arrive(kTurn + (warpgroup + 1 < kWarpgroups ? warpgroup + 1 : 0), 256);
+    };
     if (warpgroup == kWarpgroups - 1) pass_turn();
 
     // A warpgroup without rows of its own lets the buffers of a unit pass, and its turns.
@@ -289,7 +303,7 @@ struct Fwd {
                          [&](int32 h) { return normalizer[h] * dropout_scale; });
     };
     auto finish = [&] {
-      if (due.rows == 0) return;
+      if (!kPvLags || due.rows == 0) return;
       pv_gemm();
       wait_gemm<0>(o);
       release(v_ring);
@@ -298,8 +312,8 @@ struct Fwd {
     };
 
     auto attend = [&](const Unit& unit) {
-      const auto& [seq, head, q_row] = unit;
-      const int32 rows = min_of(kC.block_q, seq.q.used - q_row);  // that take part
+      const auto& [seq, head, q_row, q_end] = unit;
+      const int32 rows = min_of(q_end, seq.q.used) - q_row;  // that take part
       const int64 o_row = seq.q.begin + q_row;
       uint16* o_rows = address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row);
       float* lse_rows = address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row);
@@ -308,8 +322,8 @@ struct Fwd {
       const ScoreInputs<kC> in(p, seq, head);
       KeyBlocks<kC> keys = keys_of(in, unit);
       int32 n = keys.last();
-      const int32 seeing = keys.exists(n) ? rows : 0;                  // of those that take part, all or none
-      const int32 slot_rows = min_of(kC.block_q, seq.q.size - q_row);  // that must be written
+      const int32 seeing = keys.exists(n) ? rows : 0;             // of those that take part, all or none
+      const int32 slot_rows = min_of(q_end, seq.q.size) - q_row;  // that must be written
       if (seeing < slot_rows) {
         store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, seeing, slot_rows, int32(p.head_dim_v));
         for (int32 r = seeing + thread; r < slot_rows; r += kComputingThreads)
@@ -349,46 +363,42 @@ struct Fwd {
           release(bias_ring);
         }
       };
-      // From scores to weights, one half of the columns after the other: the second half's maximum is found beside
-      // the first half's exponentials. True if o is to be multiplied by `rescale`. Calls on_maximum() after the first
-      // one.
-      auto softmax = [&]<bool kGuard>(int32 n, auto on_maximum) {
-        constexpr int32 kHalf = kC.block_kv / 32 * 16;
-        bool grows = online_softmax<kGuard, 0, kHalf>(s, state, rescale, factor, on_maximum);
-        float late[2];
-        if (online_softmax<kGuard, kHalf, kC.block_kv>(s, state, late, factor, [] {})) {
-          scale_rows<0, kHalf>(s, late);
-#pragma unroll
-          for (int32 r = 0; r < 2; ++r) rescale[r] = grows ? rescale[r] * late[r] : late[r];
-          grows = true;
-        }
-        if constexpr (kC.dropout)
-          for_each_dropout_bit<false, 16, kC.block_kv>(
-              in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
-              [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
-        return grows;
-      };
-      // Q K^T of block n and P V of the block before it, the last one of the unit before if kFirst. `last`: of the
-      // unit.
-      auto step = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
-        constexpr bool kGuard = kMasked || kDataMasks<kC>;
+      // What all steps begin with: Q K^T is issued, and when it is done, its scores follow. `last`: block of the unit.
+      auto issue_qk = [&]<bool kFirst>() {
         if constexpr (kFirst) q_ring.wait_full();
         k_ring.wait_full();
         await_turn();
         issue_gemm<kDType, kC.head_dim, false>(
             s, q(), RowsOperand<typename Storage::K>(base + Storage::kK + k_ring.stage() * Storage::K::kBytes));
+      };
+      auto finish_scores = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
+        release(k_ring);
+        if (last) release(q_ring, kWarpgroups);
+        if constexpr (kFirst) state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
+        if (!kFirst || !kRawScores || !keys.is_full(n)) scores.template operator()<kMasked>(n);
+      };
+      auto begin_results = [&](int32 n) {
+        o.clear();
+        due = {o_rows, lse_rows, rows, sink};
+        hide_rows_behind(p, seq, v_tile(), v_ring, n, warpgroup, thread % 128);
+      };
+      // Q K^T of block n and P V of the block before it, the last one of the unit before if kFirst.
+      auto lagging_step = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
+        constexpr bool kGuard = kMasked || kDataMasks<kC>;
+        issue_qk.template operator()<kFirst>();
         // Where nothing is due, weights of anything: around a branch the compiler would wait for every product.
         pv_gemm();
         if constexpr (!kTurnHasMaximum) pass_turn();
         wait_gemm<1>(s);
-        release(k_ring);
-        if (last) release(q_ring, kWarpgroups);
         const SoftmaxState<2> before = state;
-        if constexpr (kFirst) state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
-        if (!kFirst || !kRawScores || !keys.is_full(n)) scores.template operator()<kMasked>(n);
-        const bool grows = softmax.template operator()<kGuard>(n, [&] {
+        finish_scores.template operator()<kMasked, kFirst>(n, last);
+        const bool grows = online_softmax<kGuard>(s, state, rescale, factor, [&] {
           if constexpr (kTurnHasMaximum) pass_turn();
         });
+        if constexpr (kC.dropout)
+          for_each_dropout_bit<false, 16, kC.block_kv>(
+              in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
+              [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
         ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
         wait_gemm<0>(o);
         pack<kDType>(probs, s);
@@ -397,13 +407,41 @@ struct Fwd {
             release(v_ring);
             write_results(before);
           }
-          o.clear();
-          due = {o_rows, lse_rows, rows, sink};
-          hide_rows_behind(p, seq, v_tile(), v_ring, n, warpgroup, thread % 128);
+          begin_results(n);
         } else {
           release(v_ring);
-          if (grows) scale_rows<0, kC.head_dim_v>(o, rescale);
+          if (grows) scale_rows(o, rescale);
         }
+      };
+      // Q K^T of block n, then its P V: that of the first half beside the exponentials of the second one.
+      auto halved_step = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
+        constexpr bool kGuard = kMasked || kDataMasks<kC>;
+        constexpr int32 kHalf = kC.block_kv / 32 * 16;
+        issue_qk.template operator()<kFirst>();
+        wait_gemm<0>(s);
+        finish_scores.template operator()<kMasked, kFirst>(n, last);
+        const bool grows = raise_maximum(s, state, rescale, factor, [] {});
+        if constexpr (kFirst)
+          begin_results(n);
+        else if (grows)
+          scale_rows(o, rescale);
+        weigh<kGuard, 0, kHalf>(s, state, factor);
+        pack<kDType, 0, kHalf>(probs, s);
+        v_ring.wait_full();
+        const ColsOperand<typename Storage::V> v(v_tile());
+        issue_gemm<kDType, true, 0, kHalf>(o, probs, v);
+        weigh<kGuard, kHalf, kC.block_kv>(s, state, factor);
+        ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
+        pack<kDType, kHalf, kC.block_kv>(probs, s);
+        issue_gemm<kDType, true, kHalf, kC.block_kv>(o, probs, v);
+        wait_gemm<0>(o);
+        release(v_ring);
+      };
+      auto step = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
+        if constexpr (kPvLags)
+          lagging_step.template operator()<kMasked, kFirst>(n, last);
+        else
+          halved_step.template operator()<kMasked, kFirst>(n, last);
       };
       int32 next = keys.below(n);
       step.template operator()<true, true>(n, !keys.exists(next));
@@ -418,6 +456,11 @@ struct Fwd {
           next = keys.below(n);
           step.template operator()<true, false>(n, !keys.exists(next));
         }
+      }
+      if constexpr (!kPvLags) {
+        write_results(state);
+        __syncwarp();  // else the compiler takes what follows for divergent, and keeps addresses in registers of
+                       // threads
       }
     };
     for_each_unit(shared, base, attend);

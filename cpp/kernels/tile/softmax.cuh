@@ -28,21 +28,20 @@ __forceinline__ float quad_sum(float x) {
 // below 2^8, which costs no precision, and o need hardly ever be rescaled.
 inline constexpr float kMaxLag = 8.0f;
 
-// Columns kBegin to kEnd of s become 2^(s - max). Where the maximum has grown by kMaxLag in a row of the warp the
-// result is true, and what was computed before must be multiplied by `rescale`. kGuard: a row may have seen no key so
-// far. on_maximum() is called between maximum and exponentials.
-template <bool kGuard, int32 kBegin, int32 kEnd, int32 kM, int32 kN, class OnMaximum>
-__forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
-                                    float factor, OnMaximum on_maximum) {
+// Takes note of the scores s. Where the maximum has grown by kMaxLag in a row of the warp the result is true, and what
+// was computed before must be multiplied by `rescale`. on_maximum() is called in front of the branch.
+template <int32 kM, int32 kN, class OnMaximum>
+__forceinline__ bool raise_maximum(const Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
+                                   float factor, OnMaximum on_maximum) {
   float max[kM / 8];
   bool grows[kM / 8], any_grows = false;
 #pragma unroll
   for (int32 r = 0; r < kM / 8; ++r) {
     float chain[2];  // each instruction of a single one would wait for the one in front of it
 #pragma unroll
-    for (int32 n = kBegin / 8; n < kEnd / 8; ++n) {
+    for (int32 n = 0; n < kN / 8; ++n) {
       const float pair = fmaxf(s.x[r / 2][n][r % 2 * 2], s.x[r / 2][n][r % 2 * 2 + 1]);
-      chain[n % 2] = n < kBegin / 8 + 2 ? pair : fmaxf(chain[n % 2], pair);
+      chain[n % 2] = n < 2 ? pair : fmaxf(chain[n % 2], pair);
     }
     max[r] = quad_max(fmaxf(chain[0], chain[1]));
     // Also true where a first key is seen, and (as a negation) for NaN.
@@ -61,6 +60,12 @@ __forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>
       state.sum[r] *= rescale[r];
     }
   }
+  return any_grows;
+}
+
+// Columns kBegin to kEnd of s become 2^(s - max). kGuard: a row may have seen no key so far.
+template <bool kGuard, int32 kBegin, int32 kEnd, int32 kM, int32 kN>
+__forceinline__ void weigh(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float factor) {
 #pragma unroll
   for (int32 r = 0; r < kM / 8; ++r) {
     const float base = (kGuard && state.max[r] == -kInfinity ? 0.0f : state.max[r]) * factor;
@@ -75,16 +80,23 @@ __forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>
       }
     state.sum[r] += sum;
   }
-  return any_grows;
 }
 
-// Multiplies rows of columns kBegin to kEnd.
-template <int32 kBegin, int32 kEnd, int32 kM, int32 kN>
+// Both.
+template <bool kGuard, int32 kM, int32 kN, class OnMaximum>
+__forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
+                                    float factor, OnMaximum on_maximum) {
+  const bool grows = raise_maximum(s, state, rescale, factor, on_maximum);
+  weigh<kGuard, 0, kN>(s, state, factor);
+  return grows;
+}
+
+template <int32 kM, int32 kN>
 __forceinline__ void scale_rows(Accumulator<kM, kN>& x, const float (&factor)[kM / 8]) {
 #pragma unroll
   for (int32 r = 0; r < kM / 8; ++r)
 #pragma unroll
-    for (int32 n = kBegin / 8; n < kEnd / 8; ++n)
+    for (int32 n = 0; n < kN / 8; ++n)
 #pragma unroll
       for (int32 e = 0; e < 2; ++e) x.x[r / 2][n][r % 2 * 2 + e] *= factor[r];
 }
