@@ -123,8 +123,8 @@ def precompile(directory: Path, archs: list[str], head_dims: list[int], dtypes: 
             "aligned": int(head_dim % 8 == 0),
             **dict.fromkeys(features, 1),
         }
-        for long_queries in (0, 1):
-            _core.compile_kernel(_core.configure(facts | {"long_queries": long_queries}, arch), arch)
+        for large_blocks in (0, 1):
+            _core.compile_kernel(_core.configure(facts | {"large_blocks": large_blocks}, arch), arch)
         print(f"{arch} {direction} {dtype} head_dim {head_dim}")
 
     kernels = itertools.product(archs, DIRECTIONS, dtypes, head_dims)

@@ -37,7 +37,7 @@ struct KernelConfig {
   bool paged;
   bool return_softmax;
   bool deterministic;  // backward: dq is summed in a fixed order
-  bool long_queries;   // enough of them for large blocks; only decides the tiles
+  bool large_blocks;   // forward: there are queries enough for large blocks of them; only decides the tiles
 
   int32 block_q;
   int32 block_kv;
@@ -77,7 +77,7 @@ static constexpr void for_each_field(Config& c, Visit visit) {
   visit("paged", c.paged);
   visit("return_softmax", c.return_softmax);
   visit("deterministic", c.deterministic);
-  visit("long_queries", c.long_queries);
+  visit("large_blocks", c.large_blocks);
   visit("block_q", c.block_q);
   visit("block_kv", c.block_kv);
   visit("num_warps", c.num_warps);

@@ -68,12 +68,10 @@ bool is_plain(const KernelConfig& c) {
 }
 
 // Registers bound the tiles: two warpgroups have 232 per thread, for 64 rows of O and of scores and for the weights.
-// Then shared memory, of which two buffers each of K and V shall fit. At head dim 64 softmax bounds, which three
-// warpgroups of 160 registers hide better, if there are queries enough for them (TFLOP/s beside those of two: 512 full
-// 348, 311; 1024 full 403, 366; 1024 causal 265, 273; 2048 causal 363, 338; 4096 full 459, 408); and taking turns is
-// worth 5 %, which it is not beyond.
+// Then shared memory, of which two buffers each of K and V shall fit. Three warpgroups of 160 registers hide each
+// other's softmax better, if there are queries enough for them: see suits_large_blocks.
 Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
-  if (head_dim <= 64 && c.long_queries && is_plain(c)) return {192, 128, 12, 1, 4, 1};
+  if (c.large_blocks && head_dim <= 128 && is_plain(c)) return {192, 128, 12, 1, head_dim > 64 ? 2 : 4, 1};
   if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
   if (head_dim > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
   return {128, 128, 8, 1, head_dim > 64 ? 2 : c.bias_tiled ? 3 : 4, 1};
@@ -145,12 +143,37 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
 
 }  // namespace
 
+namespace {
+
+// Whether blocks of 192 queries shall do, by three warpgroups, and not of 128. Cycles in thousands of both, on an H100:
+// head dim 64: 512 full 343, 369; 4096 full 1900, 2140; head dim 96: 1024 full 463, 498, causal 352, 341; 2048 causal
+// 512, 532; 16384 full 6080, 6970; head dim 128: 1024 full 413, 409; 2048 full 698, 730, causal 447, 435; 4096 causal
+// 752, 751; 8192 causal 1339, 1495; 16384 full 5140, 5450.
+bool suits_large_blocks(const FwdProblem& p) {
+  constexpr int64 kMultiprocessors = 132;
+  const Options& o = p.options;
+  const int64 head_dim = max_of(p.head_dim, p.head_dim_v);
+  // Where queries see different keys, large blocks do more in vain.
+  const bool all_see_all = o.window_left < 0 && o.window_right < 0;
+  const int64 least = all_see_all ? (head_dim <= 64   ? 512
+                                     : head_dim <= 96 ? 1024
+                                                      : 2048)
+                                  : (head_dim <= 96 ? 2048 : 4096);
+  if (min_of<int64>(p.max_seqlen_q, o.window_left < 0 ? p.max_seqlen_q : o.window_left) < least) return false;
+  // A block of 192 takes 6 to 14 % less time for each query, but there are fewer to share among multiprocessors.
+  auto rounds_of = [&](int64 block_q) {
+    const int64 blocks = ceil_div(p.max_seqlen_q, block_q) * p.num_heads * p.num_sequences * num_batch_entries(p);
+    return ceil_div(blocks, kMultiprocessors);
+  };
+  return rounds_of(192) * 192 * (head_dim <= 96 ? 86 : 94) <= rounds_of(128) * 128 * 100;
+}
+
+}  // namespace
+
 KernelConfig facts_of(const FwdProblem& problem) {
   KernelConfig c = facts_of_all(problem, Direction::kFwd);
   c.return_softmax = problem.options.return_softmax;
-  // Where queries see different numbers of keys, large blocks of queries do more in vain.
-  const bool all_see_all = problem.options.window_left < 0 && problem.options.window_right < 0;
-  c.long_queries = problem.max_seqlen_q >= (all_see_all ? 512 : 2048);
+  c.large_blocks = suits_large_blocks(problem);
   return c;
 }
 
@@ -185,7 +208,7 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.warps_d = t.warps_d;
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
-  c.long_queries = false;
+  c.large_blocks = false;
   // Else the bias is read element by element.
   c.bias_tiled = c.bias_tiled && c.block_kv % 32 == 0 && shared_bytes(c) <= arch.max_shared_bytes;
   if (!fields.empty())
