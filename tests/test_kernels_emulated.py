@@ -288,8 +288,8 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "64 long", "128 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "bias",
-    "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
+    "64 float16 bottom", "64 long", "128 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks",
+    "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
     "deterministic", "deterministic 256", "everything",
 )  # fmt: skip
 
