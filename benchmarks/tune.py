@@ -22,12 +22,11 @@ Choice = dict[str, int]
 _PORTABLE: Choice = {"family": 0}
 CHOICES: dict[tuple[str, int], list[Choice]] = {
     ("forward", 64): [  # for 2048 queries and more, which three warpgroups take 192 at a time
-        {"ping_pong": 0},
         {"num_stages": 2},
         {"block_q": 128, "num_warps": 8},
         {"block_q": 128, "num_warps": 8, "block_kv": 192, "num_stages": 2},
     ],
-    ("forward", 128): [{"block_kv": 160}, {"block_kv": 176}, {"block_kv": 96, "num_stages": 3}],
+    ("forward", 128): [{"block_q": 128, "num_warps": 8}, {"block_q": 192, "num_warps": 12}],
     ("forward", 256): [{"block_kv": 64}],
     ("backward", 64): [{"block_q": 64}],
 }

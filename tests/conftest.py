@@ -25,6 +25,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_addoption(parser):
     parser.addoption("--portable", action="store_true", help="on an H100 or H200, test the portable kernels")
+    parser.addoption("--repeats", type=int, default=200, help="how often the tests for races compare bits")
 
 
 def pytest_configure(config):

@@ -261,7 +261,13 @@ def count_differences(results, expected):
     return jax.tree.map(lambda x, e: jnp.sum(bits(x) != bits(e)), results, expected)
 
 
-def assert_repeats_bitwise(step, *args, repeats=200) -> None:
+@pytest.fixture
+def assert_repeats_bitwise(request):
+    """``assert_repeats_bitwise(step, *args)``: as often as asked for, with other work on the GPU."""
+    return functools.partial(_assert_repeats_bitwise, request.config.getoption("repeats"))
+
+
+def _assert_repeats_bitwise(repeats: int, step, *args) -> None:
     expected = step(*args)
     with other_work():
         counts = [count_differences(step(*args), expected) for _ in range(repeats)]
@@ -271,9 +277,9 @@ def assert_repeats_bitwise(step, *args, repeats=200) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("lengths", [(513, 513), (239, 1), (1, 239), (1024, 128), (97, 2000)], ids=str)
+@pytest.mark.parametrize("lengths", [(513, 513), (239, 1), (1, 239), (1024, 128), (97, 2000), (2100, 300)], ids=str)
 @HEAD_DIMS
-def test_200_repeats_are_bitwise_equal(rng, dim, lengths, mask):
+def test_repeats_are_bitwise_equal(rng, assert_repeats_bitwise, dim, lengths, mask):
     """out, lse, dk and dv without grouped heads: always."""
     arrays = rng.qkv(8, *lengths, 4, 4, dim, dtype=BF16)
     options = {"is_causal": mask == "causal", "local_window_size": (100, 30) if mask == "window" else None}
@@ -289,7 +295,7 @@ def test_200_repeats_are_bitwise_equal(rng, dim, lengths, mask):
 
 @pytest.mark.parametrize("shape", [(1, 4, 512, 512), (8, 1, 1, 512), (1, 1, 1, 1)], ids=str)
 @HEAD_DIMS
-def test_200_repeats_of_a_bias_gradient_are_bitwise_equal(rng, dim, shape):
+def test_repeats_of_a_bias_gradient_are_bitwise_equal(rng, assert_repeats_bitwise, dim, shape):
     """Always, whatever it is summed over."""
     q, k, v = rng.qkv(8, 512, 512, 4, 2, dim, dtype=BF16)
     run = with_gradients(lambda q, k, v, bias: flash_attention(q, k, v, bias=bias, is_causal=True, return_lse=True))
@@ -309,7 +315,7 @@ DETERMINISTIC = {
 
 @pytest.mark.parametrize("option", DETERMINISTIC)
 @HEAD_DIMS
-def test_200_repeats_are_bitwise_equal_if_deterministic(rng, dim, option):
+def test_repeats_are_bitwise_equal_if_deterministic(rng, assert_repeats_bitwise, dim, option):
     """All gradients, with grouped heads, odd lengths, sinks and, in one case, a bias that all batch entries share."""
     q, k, v = rng.qkv(4, 777, 1001, 8, 2, dim, dtype=BF16)
     arrays = (q, k, v, rng.normal(8), rng.normal(1, 8, 1, 1001) if option == "bias" else rng.normal(1, 1, 1, 1))
@@ -322,7 +328,7 @@ def test_200_repeats_are_bitwise_equal_if_deterministic(rng, dim, option):
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_200_repeats_of_packed_sequences_are_bitwise_equal_if_deterministic(rng, dim):
+def test_repeats_of_packed_sequences_are_bitwise_equal_if_deterministic(rng, assert_repeats_bitwise, dim):
     packed = Packed(BF16, dim, 2, {"is_causal": True, "deterministic": True})
     arrays, lengths = packed.arrays(rng), packed.lengths(rng)
     run = with_gradients(lambda *qkv: packed.call(*qkv, *lengths))

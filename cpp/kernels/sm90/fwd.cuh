@@ -1,11 +1,11 @@
 // Attention forward for Hopper: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608). docs/hopper_forward.md says why
 // it looks as it does.
 //
-// A thread block stays on its multiprocessor and does units of work, one after the other: two that it knows, and
-// others that a counter hands out. One warp of its first warpgroup copies: Q, and blocks of keys and values from the
-// last to the first, into rings of buffers. The other warpgroups own 64 queries each, with their scores and their
-// part of O, in registers. A warpgroup's softmax runs beside the product P V of the block before it, and, where
-// warpgroups take turns, beside both products of another.
+// A thread block stays on its multiprocessor and does units of work, one after the other. Of its first warpgroup one
+// warp finds out what they are, one copies Q, and one blocks of keys and values, from the last to the first, into rings
+// of buffers. The other warpgroups own 64 queries each, with their scores and their part of O, in registers. Two of
+// them take turns: the softmax of one runs beside its own P V of the block before and both products of the other. Of
+// three, each does one block after the other, if registers do not allow more.
 #pragma once
 
 #include "common/config.h"
@@ -72,8 +72,8 @@ struct Fwd {
                 registers_at_start(kC) * num_threads(kC));
   static_assert(kWarpgroups == 2 || kWarpgroups == 3);
 
-  // A turn goes from a warpgroup's products to the end of their issue, or to its first maximum, when the first of them
-  // is done: where exponentials take longer than products, these had better not be in each other's way.
+  // A turn goes from a warpgroup's products to the end of their issue, or, where exponentials take longer than
+  // products, to its maximum, so that no two warpgroups compute them at the same time.
   static constexpr bool kTurnHasMaximum = kC.head_dim <= 64;
 
   // Whether a warpgroup has registers for P of one block and scores of the next one at a time.
@@ -273,7 +273,8 @@ struct Fwd {
       pass(v_ring);
     };
 
-    // P V of a unit's last block, and its results, are left to be done beside the first products of the next unit.
+    // If P V lags, that of a unit's last block, and the results, are left to be done beside the next unit's first
+    // products.
     struct Results {
       uint16* o_rows;
       float* lse_rows;
@@ -459,8 +460,7 @@ struct Fwd {
       }
       if constexpr (!kPvLags) {
         write_results(state);
-        __syncwarp();  // else the compiler takes what follows for divergent, and keeps addresses in registers of
-                       // threads
+        __syncwarp();  // else the compiler takes what follows for divergent, and keeps addresses in threads' registers
       }
     };
     for_each_unit(shared, base, attend);
