@@ -104,7 +104,8 @@ static constexpr int32 column_shares_of_dq(const KernelConfig& c) {
 static constexpr int32 columns_of_dq(const KernelConfig& c) {
   return (c.head_dim / column_shares_of_dq(c) + 31) / 32 * 32;
 }
-// Panels of its tiles with q's head dim, and of those with v's.
+// Panels of tiles with q's head dim, and of those with v's, in all of Hopper's kernels: in the others nobody has a
+// share.
 static constexpr int32 panel_cols_of_q(const KernelConfig& c) {
   return panel_cols(c.head_dim, max_of(c.warps_d, column_shares_of_dq(c)));
 }
@@ -117,8 +118,8 @@ static constexpr int32 num_threads(const KernelConfig& c) {
   return 32 * c.num_warps + (c.family == Family::kSm90 ? 128 : 0);
 }
 
-// Rows that lie in no sequence, of which a unit of work defines so many: threads one each. Hopper's forward leaves them
-// to a single warp.
+// A unit of work for rows that lie in no sequence defines so many of them, each thread one. Hopper's forward leaves
+// them to a single warp.
 static constexpr int32 stray_rows(const KernelConfig& c) {
   return c.family == Family::kSm90 && c.direction == Direction::kFwd ? 32 : 32 * c.num_warps;
 }

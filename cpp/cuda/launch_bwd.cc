@@ -11,13 +11,7 @@ namespace {
 void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream,
                    bool starts_early) {
   HopperBwdProblem h = {p};
-  const int64 batch = num_batch_entries(p);
-  const int32 panel = panel_cols_of_q(c), panel_v = panel_cols_of_v(c);
-  h.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel, c.block_q);
-  h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);
-  h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
-  h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
-  if (c.bias_tiled) h.bias_map = tensor_map_of_bias(p, c);
+  encode_tensor_maps(h, c);
   h.order = unit_order(p, c);
   launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
@@ -32,7 +26,7 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   int64 row_blocks = ceil_div(p.max_seqlen_q, kRowKernelRows) * p.num_heads * p.num_sequences * entries;
   if (p.cu_seqlens_q.data) row_blocks += ceil_div(p.seqlen_q, kRowKernelThreads) * entries;
   int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
-  if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;
+  if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, stray_rows(c)) * entries;
   const bool early = can_start_early(device);
   launch(kernels.entry[0], row_blocks, kRowKernelThreads, 0, stream, &p);
   if (c.family == Family::kSm90 && blocks > 0)

@@ -10,13 +10,7 @@ namespace {
 
 void launch_hopper(const DbiasProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream) {
   HopperDbiasProblem h = {p};
-  const int64 batch = num_batch_entries(p);
-  const int32 panel = panel_cols(c.head_dim), panel_v = panel_cols(c.head_dim_v);
-  h.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel, c.block_q);
-  h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);
-  h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
-  h.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, c.block_q);
-  h.bias_map = tensor_map_of_bias(p, c);
+  encode_tensor_maps(h, c);
   launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h);
 }
 

@@ -10,11 +10,7 @@ namespace {
 
 void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Stream stream, int64 units) {
   HopperFwdProblem h = {p};
-  const int64 batch = num_batch_entries(p);
-  h.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel_cols(c.head_dim), 64);
-  h.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel_cols(c.head_dim), c.block_kv);
-  h.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_cols(c.head_dim_v), c.block_kv);
-  if (c.bias_tiled) h.bias_map = tensor_map_of_bias(p, c);
+  encode_tensor_maps(h, c);
   check_count(units);
   h.order = unit_order(p, c);
   const int64 blocks = min_of<int64>(units, multiprocessors_of(device));

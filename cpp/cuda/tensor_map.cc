@@ -24,9 +24,4 @@ TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, 
   return map;
 }
 
-TensorMap tensor_map_of_bias(const Problem& p, const KernelConfig& c) {
-  return tensor_map_of(p.bias, num_batch_entries(p), p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv),
-                       c.block_q);
-}
-
 }  // namespace flash::cuda

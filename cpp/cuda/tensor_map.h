@@ -10,7 +10,20 @@ namespace flash::cuda {
 // boxes of box_rows rows of one head, one panel of a tile wide and swizzled like it. Batch and heads may be broadcast.
 TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, int64 cols, int32 panel_cols,
                         int32 box_rows);
-// Of the bias, in boxes of block_q rows and a panel of a tile of block_kv keys.
-TensorMap tensor_map_of_bias(const Problem& problem, const KernelConfig& config);
+
+// All maps of what one of Hopper's kernels takes: those of q, k, v and, if it has one, dO; of the bias if it is tiled.
+template <class HopperProblem>
+void encode_tensor_maps(HopperProblem& p, const KernelConfig& c) {
+  const int64 batch = num_batch_entries(p);
+  const int32 panel = panel_cols_of_q(c), panel_v = panel_cols_of_v(c);
+  const int32 box_q = c.direction == Direction::kFwd ? 64 : c.block_q;  // of a warpgroup, or of all
+  p.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel, box_q);
+  p.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);
+  p.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
+  if constexpr (requires { p.d_o_map; })
+    p.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, box_q);
+  if (c.bias_tiled)
+    p.bias_map = tensor_map_of(p.bias, batch, p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv), c.block_q);
+}
 
 }  // namespace flash::cuda
