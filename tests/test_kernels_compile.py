@@ -153,7 +153,8 @@ HOPPER_CASES += [Case("sm_90a", d, 64, 64, "bias", family=HOPPER) for d in DIREC
 # The backward with the fewest registers to spare.
 HOPPER_CASES += [Case("sm_90a", BACKWARD, 64, 64, "deterministic", family=HOPPER)]
 HOPPER_CASES += [Case("sm_90a", BACKWARD, 64, 40, None, F16, HOPPER)]
-HOPPER_CASES += [Case("sm_90a", FORWARD, dim, dim, "large blocks", family=HOPPER) for dim in (64, 96, 128)]
+LARGE = ((64, 64), (96, 96), (128, 128), (64, 128))
+HOPPER_CASES += [Case("sm_90a", FORWARD, *dims, "large blocks", family=HOPPER) for dims in LARGE]
 # Blocks of keys of which a bias has no tiles, though there would be room; and two warpgroups on the same keys.
 HOPPER_CASES += [Case("sm_90a", FORWARD, 256, 128, "bias", family=HOPPER)]
 HOPPER_CASES += [Case("sm_90a", BACKWARD, 192, 192, "bias", family=HOPPER)]
@@ -314,7 +315,7 @@ def test_hopper_kernel(case):
         assert max(spills) <= HOPPER_SPILLED_BYTES.get(case.feature or "", OTHER_HOPPER_SPILLED_BYTES)
     counts = exponentials_beside_products(cubin, case.direction)
     if case.direction == FORWARD:  # the three steps: a unit's first, and with and without the positional mask
-        halved = config["num_warps"] == 12 and config["head_dim"] > 64
+        halved = config["num_warps"] == 12 and max(config["head_dim"], config["head_dim_v"]) > 64
         if halved:
             counts = exponentials_between_halves(cubin, config)
         assert len(counts) == 3 and min(counts) >= config["block_kv"] / (8 if halved else 2)

@@ -118,7 +118,9 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
         )
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.argtypes = [ctypes.c_int, ctypes.c_longlong]
-    loaded.emulate_family.argtypes = [ctypes.c_int]
+    loaded.emulate_choice.argtypes = [ctypes.c_int, ctypes.c_bool]
+    loaded.has_sound_order.argtypes = [ctypes.c_longlong] * 5
+    loaded.has_sound_order.restype = ctypes.c_bool
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_FLASH_CACHE_DIR", str(folder / "kernels"))
         loaded.emulate(90, ARCHS[90])
@@ -129,12 +131,13 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture
 def emulated(runtime, monkeypatch):
-    """``emulated(sm=90, family)``: a context in which attention that is traced, and run, goes to the emulated GPU."""
+    """``emulated(sm=90, family, large_blocks)``: a context in which attention that is traced, and run, goes to the
+    emulated GPU. Large blocks are what Hopper's forward takes where there are many queries."""
 
     @contextlib.contextmanager
-    def context(sm: int = 90, family: int = PORTABLE):
+    def context(sm: int = 90, family: int = PORTABLE, large_blocks: bool = False):
         runtime.emulate(sm, ARCHS[sm])
-        runtime.emulate_family(family)
+        runtime.emulate_choice(family, large_blocks)
         with monkeypatch.context() as patch:
             patch.setattr(_ffi, "FORWARD_TARGET", "emulated_fwd")
             patch.setattr(_ffi, "BACKWARD_TARGET", "emulated_bwd")
@@ -152,8 +155,8 @@ def results_of(call, arrays, cotangents):
     return jax.block_until_ready(with_gradients(call)(arrays, cotangents))
 
 
-def compare(emulated, call, arrays, cotangents, sm=90, factor: float = 1.0, family=PORTABLE):
-    with emulated(sm, family):
+def compare(emulated, call, arrays, cotangents, sm=90, factor: float = 1.0, family=PORTABLE, large_blocks=False):
+    with emulated(sm, family, large_blocks):
         actual = results_of(call, arrays, cotangents)
     expected = results_of(call, wide(arrays), wide(cotangents))
     np.testing.assert_allclose(actual[0][1], expected[0][1], rtol=1e-4, atol=1e-3)
@@ -188,9 +191,6 @@ CASES = {
     "64 float16 bottom": {"dtype": F16, "T": 300, "S": 333, **BOTTOM},
     "64 rows without keys": {"T": 300, "S": 130, **BOTTOM},
     "64 keys that no row sees": {"T": 70, "S": 300, **TOP},
-    # As many as take blocks of 192 queries, of which the first one is not full.
-    "64 long": {"T": 2172, "S": 150, **BOTTOM},
-    "128 long": {"H": 128, "T": 2172, "S": 150},
     "64 one query": {"T": 1, "S": 129, **BOTTOM},
     "no keys": {"S": 0},
     "32": {"H": 32, "sm": 86, **TOP},
@@ -252,7 +252,7 @@ CASES = {
 }  # fmt: skip
 
 
-def check_dense(rng, emulated, case, family):
+def check_dense(rng, emulated, case, family, large_blocks=False):
     shape = {"T": 150, "S": 200, "N": 4, "K": 2, "H": 64, "dtype": BF16, "sm": 90, "factor": 1}
     options = {name: x(rng) if callable(x) else x for name, x in case.items() if name not in {*shape, "D"}}
     shape |= {name: x for name, x in case.items() if name in {*shape, "D"}}
@@ -278,17 +278,17 @@ def check_dense(rng, emulated, case, family):
     def call(q, k, v, *rest):
         return flash_attention(q, k, v, **dict(zip(more, rest, strict=True)), **options, return_lse=True)
 
-    compare(emulated, call, arrays, (d_out, d_lse), shape["sm"], shape["factor"], family)
+    compare(emulated, call, arrays, (d_out, d_lse), shape["sm"], shape["factor"], family, large_blocks)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("long")])
+@pytest.mark.parametrize("case", CASES)
 def test_dense(rng, emulated, case):
     check_dense(rng, emulated, CASES[case], PORTABLE)
 
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "64 long", "128 long", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks",
+    "64 float16 bottom", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks",
     "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
     "deterministic", "deterministic 256", "everything",
 )  # fmt: skip
@@ -297,6 +297,22 @@ ON_HOPPER = (
 @pytest.mark.parametrize("case", ON_HOPPER)
 def test_dense_on_hopper(rng, emulated, case):
     check_dense(rng, emulated, CASES[case], HOPPER)
+
+
+# The same with three warpgroups: blocks that end with the sequence, of which the first one is not full.
+LARGE_BLOCKS = {
+    "64": {"T": 300, "S": 333, **BOTTOM},
+    "64, lengths, sinks": {"T": 500, "S": 200, "sinks": normal(4), **TOP, **LENGTHS},
+    "96 window": {"H": 96, "T": 470, "S": 400, "dtype": F16, "local_window_size": (150, 40)},
+    "128": {"H": 128, "T": 200, "S": 150, "N": 2, "K": 1},
+    "128, lengths, sinks": {"H": 128, "T": 330, "S": 300, "sinks": normal(4), **BOTTOM, **LENGTHS},
+    "64, 128 rows without keys": {"D": 128, "T": 400, "S": 130, "N": 2, **BOTTOM},
+}
+
+
+@pytest.mark.parametrize("case", LARGE_BLOCKS)
+def test_large_blocks(rng, emulated, case):
+    check_dense(rng, emulated, LARGE_BLOCKS[case], HOPPER, large_blocks=True)
 
 
 # What Hopper's gradient of a bias has to bear beside "bias" and "bias for all" above.
@@ -417,6 +433,21 @@ def test_packed(rng, emulated, option, dim, family):
         (0, 20, 90, 95, 130, 130) if option != "dropout" else (0, 20, 90, 95, 130, 190),
     )
     compare(emulated, *packed(rng, *offsets, dim, 100, **PACKED[option]), family=family)
+
+
+@pytest.mark.parametrize("option, dim", [("causal", 64), ("full", 128)])
+def test_packed_in_large_blocks(rng, emulated, option, dim):
+    offsets = (3, 30, 30, 180, 182, 190), (0, 20, 90, 95, 130, 130)
+    compare(emulated, *packed(rng, *offsets, dim, 160, **PACKED[option]), family=HOPPER, large_blocks=True)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 4, 4096, 4096, 4), (32, 1, 8192, 0, 1), (0, 0, 100, 100, 3), (4, 2, 1, 1, 1), (3, 3, 70000, 200000, 1)],
+    ids=str,
+)
+def test_order_of_units(runtime, shape):
+    assert runtime.has_sound_order(*shape)
 
 
 @FAMILIES

@@ -97,7 +97,7 @@ static constexpr int32 panel_cols(int32 cols, int32 shares = 1) {
 }
 
 // Hopper's backward: two warpgroups have 64 queries of dQ each, or the same 64 and half of the columns, in whole
-// panels. Of head dim 96 they both have the 32 in the middle.
+// panels. Of head dim 96 they both have the panel in the middle, of 32 the only one.
 static constexpr int32 column_shares_of_dq(const KernelConfig& c) {
   return c.block_q == 64 ? 2 : 1;
 }
@@ -116,12 +116,6 @@ static constexpr int32 panel_cols_of_v(const KernelConfig& c) {
 // Threads of the main kernel.
 static constexpr int32 num_threads(const KernelConfig& c) {
   return 32 * c.num_warps + (c.family == Family::kSm90 ? 128 : 0);
-}
-
-// A unit of work for rows that lie in no sequence defines so many of them, each thread one. Hopper's forward leaves
-// them to a single warp.
-static constexpr int32 stray_rows(const KernelConfig& c) {
-  return c.family == Family::kSm90 && c.direction == Direction::kFwd ? 32 : 32 * c.num_warps;
 }
 
 // Registers per thread with which a kernel starts that has a multiprocessor to itself. Warps may take more only from

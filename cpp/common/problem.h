@@ -104,7 +104,8 @@ struct alignas(128) TensorMap {
   uint64 words[16];
 };
 
-// How the units of work of Hopper's kernels follow each other: Units in kernels/tile/sequence.cuh.
+// How the units of work of Hopper's kernels follow each other: Units in kernels/tile/sequence.cuh. The last section has
+// no more than all heads, those before have a multiple of `section`.
 struct UnitOrder {
   Divisor section;        // heads, of all sequences and batch entries, that are worked on at a time
   Divisor section_units;  // units of so many heads

@@ -141,16 +141,12 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return hopper ? hopper_dbias_tiling(head_dim) : dbias_tiling(c, head_dim, arch);
 }
 
-}  // namespace
-
-namespace {
-
 // Whether blocks of 192 queries shall do, by three warpgroups, and not of 128. Cycles in thousands of both, on an H100:
 // head dim 64: 512 full 343, 369; 4096 full 1900, 2140; head dim 96: 1024 full 463, 498, causal 352, 341; 2048 causal
 // 512, 532; 16384 full 6080, 6970; head dim 128: 1024 full 413, 409; 2048 full 698, 730, causal 447, 435; 4096 causal
 // 752, 751; 8192 causal 1339, 1495; 16384 full 5140, 5450.
 bool suits_large_blocks(const FwdProblem& p) {
-  constexpr int64 kMultiprocessors = 132;
+  constexpr int64 kMultiprocessors = 132;  // of an H100 or H200 as most are
   const Options& o = p.options;
   const int64 head_dim = max_of(p.head_dim, p.head_dim_v);
   // Where queries see different keys, large blocks do more in vain.
@@ -160,7 +156,8 @@ bool suits_large_blocks(const FwdProblem& p) {
                                                       : 2048)
                                   : (head_dim <= 96 ? 2048 : 4096);
   if (min_of<int64>(p.max_seqlen_q, o.window_left < 0 ? p.max_seqlen_q : o.window_left) < least) return false;
-  // A block of 192 takes 6 to 14 % less time for each query, but there are fewer to share among multiprocessors.
+  // A block of 192 takes 6 to 14 % less time for each query, but there are fewer to share among multiprocessors. Of
+  // packed sequences only the greatest length is known here.
   auto rounds_of = [&](int64 block_q) {
     const int64 blocks = ceil_div(p.max_seqlen_q, block_q) * p.num_heads * p.num_sequences * num_batch_entries(p);
     return ceil_div(blocks, kMultiprocessors);
@@ -211,7 +208,8 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.large_blocks = false;
   // Else the bias is read element by element.
   c.bias_tiled = c.bias_tiled && c.block_kv % 32 == 0 && shared_bytes(c) <= arch.max_shared_bytes;
-  if (!fields.empty())
+  const auto direction = fields.find("direction");
+  if (direction == fields.end() || Direction(direction->second) == c.direction)
     for_each_field(c, [&](const char* name, auto& field) {
       const auto it = fields.find(name);
       if (it != fields.end() && it != family) field = static_cast<std::remove_reference_t<decltype(field)>>(it->second);
@@ -230,19 +228,26 @@ int64 group_of(const Problem& p) {
 bool is_uneven(const Problem& p) {
   const Options& o = p.options;
   return (o.window_left < 0 && o.window_right >= 0) || p.cu_seqlens_q.data || p.cu_seqlens_kv.data || p.q_lens.data ||
-         p.kv_lens.data;
+         p.kv_lens.data || p.q_segment_ids.data;
 }
 
-// For num_heads heads, each with so many blocks; least_heads of them share operands of least_bytes. Sections are as
-// large as section_bytes allows. Where units differ in length, the last one is larger: its units come in the order of
-// their lengths, which fills the multiprocessors to the end. The L2 cache has 50 MB; the longer the sequences, the more
-// is done with what comes from memory instead.
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 least_bytes,
+// For num_heads heads, each with so many blocks. least_heads of them share operands of so many rows and bytes in each.
+// Sections are as large as section_bytes allows. Where units differ in length, the last one is larger: its units come
+// in the order of their lengths, which fills the multiprocessors to the end. 48 MB of operands are about what the L2
+// cache holds; the longer the sequences, the more is done with what comes from memory instead (cycles in thousands,
+// forward, causal, with 32, 48, 64, 130 MB: head dim 128, 4096 762, 750, 756, 839; 16384 2846, 2755, 2733, 2734; head
+// dim 256, 16384 2703, 2575, 2416, 2319).
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 rows, int64 row_bytes,
                    int64 section_bytes) {
-  auto heads_in = [&](int64 bytes) { return max_of<int64>(bytes / max_of<int64>(least_bytes, 1), 1) * least_heads; };
-  auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
-  const int64 heads = num_heads * p.num_sequences * num_batch_entries(p), section = heads_in(section_bytes);
-  const int64 least_last = heads_in(is_uneven(p) ? max_of<int64>(48 << 20, p.max_seqlen_kv * 12 * 1024) : 0);
+  constexpr int64 kLeastLastBytes = 48 << 20, kLastBytesPerRow = 12 << 10;
+  const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
+  auto at_least_one = [](int64 n) { return max_of<int64>(n, 1); };
+  auto heads_in = [&](int64 bytes) {
+    return at_least_one(clamp_to<int64>(bytes / at_least_one(rows * row_bytes) * least_heads, least_heads, heads));
+  };
+  auto divisor = [&](int64 n) { return make_divisor(uint32(at_least_one(n))); };
+  const int64 section = heads_in(section_bytes);
+  const int64 least_last = heads_in(is_uneven(p) ? max_of(kLeastLastBytes, rows * kLastBytesPerRow) : 0);
   const int64 last = heads - max_of<int64>(heads - least_last, 0) / section * section;
   return {divisor(section),   divisor(section * blocks), divisor(last),
           divisor(num_heads), divisor(p.num_sequences),  divisor(group_of(p))};
@@ -256,14 +261,14 @@ UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_
 // sections of one group 317 and 217, of 10 MB 289 and 214, of 32 MB 290 and 250).
 UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c) {
   // K and V in 16 bits, which the query heads of a group share.
-  return order_of(p, p.num_heads, ceil_div(p.max_seqlen_q, c.block_q), group_of(p),
-                  2 * p.max_seqlen_kv * (p.head_dim + p.head_dim_v), is_uneven(p) ? 10 << 20 : 0);
+  return order_of(p, p.num_heads, ceil_div(p.max_seqlen_q, c.block_q), group_of(p), p.max_seqlen_kv,
+                  2 * (p.head_dim + p.head_dim_v), is_uneven(p) ? 10 << 20 : 0);
 }
 
 UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c) {
   // q and dO in 16 bits, and dq_accum in 32.
-  return order_of(p, p.num_heads_kv, ceil_div(p.max_seqlen_kv, c.block_kv), 1,
-                  2 * group_of(p) * p.max_seqlen_q * (3 * p.head_dim + p.head_dim_v), 0);
+  return order_of(p, p.num_heads_kv, ceil_div(p.max_seqlen_kv, c.block_kv), 1, p.max_seqlen_q,
+                  2 * group_of(p) * (3 * p.head_dim + p.head_dim_v), 0);
 }
 
 void override_config(Fields fields) {

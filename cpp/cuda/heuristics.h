@@ -19,12 +19,12 @@ KernelConfig facts_of(const DbiasProblem& problem);
 // there is no kernel, as for float32.
 KernelConfig configure(KernelConfig facts, const Arch& arch);
 
-// The order in which Hopper's kernels work: on so many heads at a time as the L2 cache can hold.
+// The order in which Hopper's kernels work: heads whose operands lie in the L2 cache together, long units before short.
 UnitOrder unit_order(const FwdProblem& problem, const KernelConfig& config);
 UnitOrder unit_order(const BwdProblem& problem, const KernelConfig& config);
 
 // For tests and measurements: values of fields, by name, that configure() takes in place of its own choice until the
-// next call. A family that has no kernel for a config is not taken.
+// next call. A family that has no kernel for a config is not taken; with a direction, the others are for that one only.
 void override_config(std::map<std::string, int32> fields);
 // How often that was called, for who remembers what configure() has chosen.
 uint64 override_count();

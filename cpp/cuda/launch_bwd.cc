@@ -26,7 +26,7 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   int64 row_blocks = ceil_div(p.max_seqlen_q, kRowKernelRows) * p.num_heads * p.num_sequences * entries;
   if (p.cu_seqlens_q.data) row_blocks += ceil_div(p.seqlen_q, kRowKernelThreads) * entries;
   int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
-  if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, stray_rows(c)) * entries;
+  if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;
   const bool early = can_start_early(device);
   launch(kernels.entry[0], row_blocks, kRowKernelThreads, 0, stream, &p);
   if (c.family == Family::kSm90 && blocks > 0)

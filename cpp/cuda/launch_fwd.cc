@@ -25,7 +25,7 @@ void launch(const FwdProblem& problem, int32 device, Stream stream) {
   const KernelConfig c = configure(facts_of(p), arch_of(device));
   const int64 entries = num_batch_entries(p);
   int64 blocks = ceil_div(p.max_seqlen_q, c.block_q) * p.num_heads * p.num_sequences * entries;
-  if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, stray_rows(c)) * entries;
+  if (p.cu_seqlens_q.data) blocks += ceil_div(p.seqlen_q, 32 * c.num_warps) * entries;
   if (blocks == 0) return;
   if (p.probs.data)  // the kernel writes what is visible
     set_zero(p.probs.data, 4 * p.probs_sequence_stride * p.num_sequences * entries, stream);

@@ -36,8 +36,8 @@ using Entry = const char* (*)(unsigned blocks, unsigned threads, unsigned bytes,
 // A way in for each entry point of a translation unit, and the shared memory that its kernels declare.
 std::string harness_of(const std::string& source) {
   const std::string family = source.find("kernels/sm90/") != source.npos ? "sm90" : "sm80";
-  std::string text = "\nnamespace flash::" + family +
-                     " {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
+  std::string text =
+      "\nnamespace flash::" + family + " {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
   for (const Direction direction : {Direction::kFwd, Direction::kBwd, Direction::kDbias})
     for (const std::string& name : entry_points(direction))
       if (source.find(name + "(const") != source.npos)
@@ -70,8 +70,7 @@ Compiled nvrtc_compile(const std::string& source, const std::map<std::string, st
   }
   std::ofstream(folder + "/kernel.cc") << "#include \"ptx.h\"\n" << source << harness_of(source);
   const std::string library = folder + ".so";
-  const std::string command =
-      "cd '" + folder + "' && " EMULATOR_COMPILER " kernel.cc -o '" + library + "' > log 2>&1";
+  const std::string command = "cd '" + folder + "' && " EMULATOR_COMPILER " kernel.cc -o '" + library + "' > log 2>&1";
   const bool done = std::system(command.c_str()) == 0;
   std::ifstream log(folder + "/log");
   const Compiled compiled = {done ? library : "", std::string(std::istreambuf_iterator<char>(log), {})};
@@ -247,8 +246,27 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_fwd, flash::ffi::execute<flash::ffi::deco
 XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_bwd, flash::ffi::execute<flash::ffi::decode_bwd>, flash::ffi::binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(emulated_dbias, flash::ffi::execute<flash::ffi::decode_dbias>, flash::ffi::binding());
 
-extern "C" void emulate_family(int family) {
-  flash::cuda::override_config({{"family", family}});
+// Chooses the family of kernels, and whether Hopper's forward has blocks of 192 queries, however few there are.
+extern "C" void emulate_choice(int family, bool large_blocks) {
+  std::map<std::string, flash::int32> fields = {{"family", family}};
+  if (large_blocks) fields.insert({{"direction", int(flash::Direction::kFwd)}, {"block_q", 192}, {"num_warps", 12}});
+  flash::cuda::override_config(fields);
+}
+
+// Whether the order of a forward's units covers all heads, by sections that a kernel can divide by.
+extern "C" bool has_sound_order(long long heads, long long heads_kv, long long seqlen_q, long long seqlen_kv,
+                                long long sequences) {
+  flash::FwdProblem p = {};
+  p.num_heads = heads, p.num_heads_kv = heads_kv, p.num_sequences = sequences;
+  p.max_seqlen_q = seqlen_q, p.max_seqlen_kv = seqlen_kv, p.head_dim = p.head_dim_v = 64;
+  p.options.window_left = -1;  // causal: units differ
+  flash::KernelConfig config = {};
+  config.block_q = 128;
+  const flash::UnitOrder order = flash::cuda::unit_order(p, config);
+  const long long all = heads * sequences, last = order.last_section.value, section = order.section.value;
+  if (all == 0) return section > 0;
+  return 0 < section && section <= all && 0 < last && last <= all && (all - last) % section == 0 &&
+         order.section_units.value == section * ((seqlen_q + 127) / 128);
 }
 
 // Chooses the architecture that is emulated. The first call also settles the cache's folder.

@@ -325,7 +325,7 @@ struct Bwd {
         if constexpr (kC.deterministic) turns.wait_full();
         const int32 row = q_row + dq_row;
         add_to_dq<kC, 1>(p, seq, accum_block_behind(p, accum, head, row), dq, row, 16 * warp_in_group, dq_col,
-                         kSharedCols ? kSharedCols * warpgroup : 0);
+                         kSharedCols * warpgroup);
         if constexpr (kC.deterministic) {
           __syncwarp();  // all lanes have added
           release(turns);

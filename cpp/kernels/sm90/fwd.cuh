@@ -63,7 +63,7 @@ struct Fwd {
   static constexpr int32 kBatchAxes = kC.num_batch_axes, kWarpgroups = Storage::kWarpgroups;
   static constexpr int32 kComputingThreads = 32 * kC.num_warps;
   static constexpr DType kDType = kC.dtype;
-  using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, stray_rows(kC), true, Divisor>;
+  using Work = Units<kBatchAxes, Side::kQueries, kC.block_q, kComputingThreads, true, Divisor>;
 
   // Registers per thread of the copying warpgroup and of the others.
   static constexpr int32 kCopyingRegisters = kWarpgroups == 3 ? 32 : 40;
@@ -77,7 +77,7 @@ struct Fwd {
   static constexpr bool kTurnHasMaximum = kC.head_dim <= 64;
 
   // Whether a warpgroup has registers for P of one block and scores of the next one at a time.
-  static constexpr bool kPvLags = kWarpgroups == 2 || kC.head_dim <= 64;
+  static constexpr bool kPvLags = kWarpgroups == 2 || max_of(kC.head_dim, kC.head_dim_v) <= 64;
   static_assert(kPvLags || !kC.dropout);
 
   static __forceinline__ void run(const HopperFwdProblem& p, char* shared) {
@@ -123,14 +123,17 @@ struct Fwd {
     uint32 index = blockIdx.x;
     for (bool first = true; index < count; first = false) {
       work.visit(
-          index, threadIdx.x % 32,
+          index,
           [&](const Sequence& seq, int32 head, int32 row) {
             // Blocks end with the sequence, in multiples of a warpgroup's rows: the one that is not full has the least
             // keys if causal.
             const int32 end = row + kC.block_q - (kC.block_q - 1 - (seq.q.size - 1) % kC.block_q) / 64 * 64;
             tell({seq, head, max_of(end - kC.block_q, 0), end});
           },
-          [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
+          [&](int64 batch, int32 first_row, Range packed) {
+            for (int32 row = first_row + threadIdx.x % 32; row < first_row + kComputingThreads; row += 32)
+              if (work.is_stray(row, packed)) define_stray<kBatchAxes>(p, batch, row);
+          });
       uint32 next = first ? index + gridDim.x : count;
       if (!first && asks && first_lane) {
         ring.wait_empty();  // who gets on faster shall ask earlier

@@ -182,10 +182,11 @@ struct Units {
     return block_units + (packed ? uint32(ceil_div(rows, kStrayRows) * num_batch_entries(p)) : 0);
   }
 
-  // Calls on_block(sequence, head, row) for blocks of rows that start at `row` of the sequence, or on_stray(batch, row)
-  // for the thread's row that lies in no sequence. `thread` counts up to kStrayRows. To be called by whole warps.
-  template <class OnBlock, class OnStray>
-  __forceinline__ void visit(uint32 unit, int32 thread, OnBlock on_block, OnStray on_stray) const {
+  // Calls on_block(sequence, head, row) for blocks of rows that start at `row` of the sequence, or on_rest(batch, row,
+  // packed) for kStrayRows rows of a batch entry from `row` on, some of which may lie outside of the packed ones. To be
+  // called by whole warps.
+  template <class OnBlock, class OnRest>
+  __forceinline__ void visit(uint32 unit, OnBlock on_block, OnRest on_rest) const {
     if (unit < block_units) {
       const uint32 heads_before = heads - last_section.value;  // the last section
       const bool last = unit >= heads_before * blocks;
@@ -208,12 +209,24 @@ struct Units {
     } else {
       const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
       const uint32 row_blocks = uint32(ceil_div(rows, kStrayRows)), batch = (unit - block_units) / row_blocks;
-      const int64 row = int64((unit - block_units) % row_blocks) * kStrayRows + thread;
       const View& cu_seqlens = kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv;
-      const int32 begin = packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows);
-      const int32 end = packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(p.num_sequences), rows);
-      if (row < rows && (row < begin || row >= end)) on_stray(int64(batch), row);
+      const Range packed = {packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows),
+                            packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(p.num_sequences), rows)};
+      on_rest(int64(batch), int32((unit - block_units) % row_blocks * kStrayRows), packed);
     }
+  }
+
+  // Whether a row of a batch entry lies in no sequence.
+  __forceinline__ bool is_stray(int32 row, Range packed) const {
+    return row < (kQueries ? p.seqlen_q : p.seqlen_kv) && (row < packed.begin || row >= packed.end);
+  }
+
+  // The same with on_stray(batch, row) for the thread's row that lies in no sequence. `thread` counts up to kStrayRows.
+  template <class OnBlock, class OnStray>
+  __forceinline__ void visit(uint32 unit, int32 thread, OnBlock on_block, OnStray on_stray) const {
+    visit(unit, on_block, [&](int64 batch, int32 first_row, Range packed) {
+      if (is_stray(first_row + thread, packed)) on_stray(batch, int64(first_row + thread));
+    });
   }
 
  private:

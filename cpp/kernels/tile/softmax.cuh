@@ -82,7 +82,7 @@ __forceinline__ void weigh(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, 
   }
 }
 
-// Both.
+// raise_maximum() and weigh() of all columns.
 template <bool kGuard, int32 kM, int32 kN, class OnMaximum>
 __forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
                                     float factor, OnMaximum on_maximum) {
