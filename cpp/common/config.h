@@ -135,12 +135,17 @@ static constexpr int32 score_buffers(const KernelConfig& c) {
 // Barriers of Hopper's kernels, and what warps tell each other.
 inline constexpr int64 kBarrierBytes = 512;
 
+// Shared memory of Hopper's forward with so many buffers of Q.
+static constexpr int64 hopper_fwd_bytes(const KernelConfig& c, int32 q_buffers) {
+  const int64 q = int64{2} * c.block_q * c.head_dim, kv = int64{2} * c.block_kv * (c.head_dim + c.head_dim_v);
+  const int64 bias = c.bias_tiled ? int64{2} * c.block_q * c.block_kv : 0;
+  return q_buffers * q + c.num_stages * (kv + bias) + kBarrierBytes;
+}
+
 // Hopper's forward: buffers of Q, two where shared memory has room, so that the next unit's comes beside this one.
 static constexpr int32 q_buffers(const KernelConfig& c) {
   constexpr int64 kSharedBytes = 227 * 1024;
-  const int64 q = int64{2} * c.block_q * c.head_dim, kv = int64{2} * c.block_kv * (c.head_dim + c.head_dim_v);
-  const int64 bias = c.bias_tiled ? int64{2} * c.block_q * c.block_kv : 0;
-  return 2 * q + c.num_stages * (kv + bias) + kBarrierBytes <= kSharedBytes ? 2 : 1;
+  return hopper_fwd_bytes(c, 2) <= kSharedBytes ? 2 : 1;
 }
 
 // Dynamic shared memory of the main kernel; the kernels hold their storage to it.
@@ -151,7 +156,7 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 bias = c.bias_tiled ? scores : 0;
   const int64 statistics = int64{8} * c.block_q;  // lse and delta of each query
   if (c.family == Family::kSm90) {
-    if (c.direction == Direction::kFwd) return q_buffers(c) * q + c.num_stages * (k + v + bias) + kBarrierBytes;
+    if (c.direction == Direction::kFwd) return hopper_fwd_bytes(c, q_buffers(c));
     if (c.direction == Direction::kDbias)
       return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
     return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * c.warps_d * scores + kBarrierBytes;

@@ -36,8 +36,8 @@ using Entry = const char* (*)(unsigned blocks, unsigned threads, unsigned bytes,
 // A way in for each entry point of a translation unit, and the shared memory that its kernels declare.
 std::string harness_of(const std::string& source) {
   const std::string family = source.find("kernels/sm90/") != source.npos ? "sm90" : "sm80";
-  std::string text =
-      "\nnamespace flash::" + family + " {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
+  std::string text = "\nnamespace flash::" + family +
+                     " {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
   for (const Direction direction : {Direction::kFwd, Direction::kBwd, Direction::kDbias})
     for (const std::string& name : entry_points(direction))
       if (source.find(name + "(const") != source.npos)
@@ -70,7 +70,8 @@ Compiled nvrtc_compile(const std::string& source, const std::map<std::string, st
   }
   std::ofstream(folder + "/kernel.cc") << "#include \"ptx.h\"\n" << source << harness_of(source);
   const std::string library = folder + ".so";
-  const std::string command = "cd '" + folder + "' && " EMULATOR_COMPILER " kernel.cc -o '" + library + "' > log 2>&1";
+  const std::string command =
+      "cd '" + folder + "' && " EMULATOR_COMPILER " kernel.cc -o '" + library + "' > log 2>&1";
   const bool done = std::system(command.c_str()) == 0;
   std::ifstream log(folder + "/log");
   const Compiled compiled = {done ? library : "", std::string(std::istreambuf_iterator<char>(log), {})};

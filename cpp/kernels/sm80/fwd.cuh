@@ -97,7 +97,7 @@ struct FwdBlock {
     const RowsOfB<typename Storage::K> k{{base, Storage::kK, 0}};
     const ColsOfB<typename Storage::V> v{{base, Storage::kV, 0}};
     const RowsOfA<BiasTile<kC>> bias{{base, Storage::kBias, warp_row}};
-    const float factor = score_factor(in);
+    const float factor = score_factor<kC>(p);
     Accumulator<kRowsPerWarp, kC.head_dim_v> o;
     SoftmaxState<kRowsPerWarp / 8> state;
     o.clear();

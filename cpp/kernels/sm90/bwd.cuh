@@ -167,11 +167,7 @@ struct Bwd {
       const Sequence& seq = block.seq;
       auto load = [&]<class T>(int32 tile, uint32 barrier, const TensorMap& map, const View& view, int32 row,
                                int32 head, int32 col = 0) {
-        const int32 batch = view.batch_stride[0] ? int32(seq.batch) : 0;
-#pragma unroll
-        for (int32 panel = 0; panel < T::kPanels; ++panel)
-          ptx::tma_load(base + tile + panel * T::kPanelBytes, map, barrier, col + panel * T::kPanelCols, row, head,
-                        batch);
+        load_panels<T>(base + tile, barrier, map, row, head, view.batch_stride[0] ? int32(seq.batch) : 0, col);
       };
       if (first_lane) {
         const int32 row = seq.kv.begin + block.kv_row;

@@ -85,11 +85,6 @@ struct Dbias {
   // The copying warp. Its first lane does all that touches memory.
   __forceinline__ void copy() const {
     typename Storage::Pairs pairs(base + Storage::kPairBarriers);
-    auto load = [&]<class T>(uint32 tile, const TensorMap& map, int32 row, int32 head, int32 batch, int32 col = 0) {
-#pragma unroll
-      for (int32 panel = 0; panel < T::kPanels; ++panel)
-        ptx::tma_load(tile + panel * T::kPanelBytes, map, pairs.full(), col + panel * T::kPanelCols, row, head, batch);
-    };
     // A tile of keys and one of queries, of one head dim.
     auto load_pair = [&]<class Keys, class Queries>(const Sharer& s, const View& keys, const TensorMap& keys_map,
                                                     const View& queries, const TensorMap& queries_map, bool with_bias) {
@@ -100,11 +95,11 @@ struct Dbias {
         pairs.wait_empty();
         ptx::mbarrier_arrive_expect_tx(pairs.full(),
                                        Keys::kBytes + Queries::kBytes + (with_bias ? Storage::Bias::kBytes : 0));
-        load.template operator()<Keys>(tile, keys_map, block.kv_row, kv_head, coordinate(keys));
-        load.template operator()<Queries>(tile + Keys::kBytes, queries_map, block.q_row, s.head, coordinate(queries));
+        load_panels<Keys>(tile, pairs.full(), keys_map, block.kv_row, kv_head, coordinate(keys));
+        load_panels<Queries>(tile + Keys::kBytes, pairs.full(), queries_map, block.q_row, s.head, coordinate(queries));
         if (with_bias)
-          load.template operator()<typename Storage::Bias>(base + Storage::kBias, p.bias_map, block.q_row,
-                                                           int32(block.head), int32(block.entry), block.kv_row);
+          load_panels<typename Storage::Bias>(base + Storage::kBias, pairs.full(), p.bias_map, block.q_row,
+                                              int32(block.head), int32(block.entry), block.kv_row);
       }
       pairs.advance();
     };

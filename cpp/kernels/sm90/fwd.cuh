@@ -173,10 +173,7 @@ struct Fwd {
     if (threadIdx.x % 32 == 0) {
       ring.wait_empty();
       ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytes);
-#pragma unroll
-      for (int32 panel = 0; panel < T::kPanels; ++panel)
-        ptx::tma_load(tiles + ring.stage() * T::kBytes + panel * T::kPanelBytes, map, ring.full(),
-                      col + panel * T::kPanelCols, row, head, batch);
+      load_panels<T>(tiles + ring.stage() * T::kBytes, ring.full(), map, row, head, batch, col);
     }
     ring.advance();
   }
@@ -285,7 +282,7 @@ struct Fwd {
       float sink;  // log2 units
     };
     Results due = {};
-    const float factor = kScoresInLog2<kC> ? 1.0f : p.options.scale * kLog2e;
+    const float factor = score_factor<kC>(p);
     Accumulator<16, kC.head_dim_v> o;
     SoftmaxState<2> state;
     uint32 probs[1][kC.block_kv / 16][4] = {};

@@ -33,7 +33,7 @@ class TileGradient {
       apply_scores<kC, true, true>(s, p, in, key, query, bias, on_cap);
     else if constexpr (kScoresInLog2<kC> || kDataMasks<kC>)
       apply_scores<kC, true, false>(s, p, in, key, query, bias, on_cap);
-    const float factor = score_factor(in);
+    const float factor = score_factor<kC>(p);
 #pragma unroll
     for (int32 n = 0; n < kN / 8; ++n) {
       const float2 pair = lse(n);

@@ -3,6 +3,7 @@
 
 #include "common/types.h"
 #include "kernels/ptx/mbarrier.cuh"
+#include "kernels/ptx/tma.cuh"
 
 namespace flash {
 
@@ -49,5 +50,14 @@ class Ring {
   int32 stage_;
   uint32 parity_;
 };
+
+// Starts the copy of a Tile, panel by panel, whose bytes then count at `barrier`. By one thread.
+template <class T>
+__forceinline__ void load_panels(uint32 tile, uint32 barrier, const TensorMap& map, int32 row, int32 head, int32 batch,
+                                 int32 col = 0) {
+#pragma unroll
+  for (int32 panel = 0; panel < T::kPanels; ++panel)
+    ptx::tma_load(tile + panel * T::kPanelBytes, map, barrier, col + panel * T::kPanelCols, row, head, batch);
+}
 
 }  // namespace flash

@@ -63,8 +63,8 @@ struct ScoreInputs {
 
 // Factor from stored scores to log2 units.
 template <KernelConfig kC>
-__forceinline__ float score_factor(const ScoreInputs<kC>& in) {
-  return kScoresInLog2<kC> ? 1.0f : in.factor;
+__forceinline__ float score_factor(const Problem& p) {
+  return kScoresInLog2<kC> ? 1.0f : p.options.scale * kLog2e;
 }
 
 // The bias tile in shared memory: rows are queries, also of S transposed.
