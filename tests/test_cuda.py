@@ -38,7 +38,7 @@ from conftest import (
     with_gradients,
 )
 
-from jax_flash import flash_api, flash_attention, flash_attention_varlen, paged_attention
+from jax_flash import _core, flash_api, flash_attention, flash_attention_varlen, paged_attention
 
 if GPU is None:
     pytest.skip(NO_GPU, allow_module_level=True)
@@ -61,8 +61,8 @@ def compare_with_cpu(call, arrays, cotangents, factor: float = 1.0):
 # ---- FlashAttention's grid ----
 
 PAIRS = (
-    "1,1 64,128 128,192 256,256 239,1 799,3 113,203 113,128 128,217 113,211 108,256 256,512 384,256 640,128 512,256 "
-    "1024,1024 1023,1024 1024,1023 4096,4096 4224,4224"
+    "1,1 64,128 128,192 256,256 239,1 1,239 799,3 113,203 113,128 128,217 113,211 108,256 256,512 384,256 640,128 "
+    "512,256 1024,1024 1023,1024 1024,1023 4096,4096 4224,4224"
 )
 PAIRS = [tuple(map(int, pair.split(","))) for pair in PAIRS.split()]
 MASKS = ["full", "causal", "window"]
@@ -126,10 +126,7 @@ class Packed:
         return *(ints(*x) for x in offsets), ints(*rng.generator.integers(0, sizes[1] + 1))
 
 
-@DTYPES
-@pytest.mark.parametrize("option", VARLEN)
-@pytest.mark.parametrize("dim", [64, 128, 256, 40])
-def test_random_packed_lengths(rng, dim, option, dtype):
+def check_packed(rng, dim, option, dtype):
     packed = Packed(dtype, dim, int(rng.generator.choice([4, 2, 1])), VARLEN[option])
     arrays = packed.arrays(rng)
     cotangents = cotangents_of(rng, arrays[0], arrays[2])
@@ -144,6 +141,52 @@ def test_random_packed_lengths(rng, dim, option, dtype):
         expected = run_on_cpu(run, wide(arrays), wide(cotangents), lengths)
         np.testing.assert_allclose(lse, expected[0][1], rtol=1e-4, atol=1e-3)
         assert_near((out, gradients), (expected[0][0], expected[1]), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("option", VARLEN)
+@pytest.mark.parametrize("dim", [64, 128, 256, 40])
+def test_random_packed_lengths(rng, dim, option, dtype):
+    check_packed(rng, dim, option, dtype)
+
+
+@pytest.fixture
+def large_blocks(request):
+    """Hopper's forward has blocks of 192 queries, as it has where these are many."""
+    if request.config.getoption("portable") or GPU.compute_capability != "9.0":
+        pytest.skip("Hopper's kernels only")
+    _core.override_config({"direction": 0, "block_q": 192, "num_warps": 12})
+    yield
+    _core.override_config({})
+
+
+LARGE_BLOCKS = pytest.mark.parametrize("dim", [64, 96, 128])
+
+
+@LARGE_BLOCKS
+@pytest.mark.parametrize("mask", [*MASKS, "lengths", "sinks"])
+def test_large_blocks(rng, large_blocks, dim, mask):
+    for seqlen_q, seqlen_kv in [(1, 300), (200, 130), (385, 385), (640, 1000), (1500, 777)]:
+        options = {
+            "full": {},
+            "causal": {"is_causal": True},
+            "window": {"local_window_size": tuple(rng.generator.integers(0, seqlen_kv, 2).tolist())},
+            "lengths": {
+                "is_causal": True,
+                "query_seq_lengths": rng.integers(0, seqlen_q, 2),
+                "key_value_seq_lengths": rng.integers(0, seqlen_kv, 2),
+            },
+            "sinks": {"is_causal": True, "sinks": rng.normal(6)},
+        }[mask]
+        arrays = rng.qkv(2, seqlen_q, seqlen_kv, 6, 2, dim, dtype=BF16)
+        call = functools.partial(flash_attention, return_lse=True, **options)
+        compare_with_cpu(call, arrays, cotangents_of(rng, arrays[0], arrays[2]))
+
+
+@LARGE_BLOCKS
+@pytest.mark.parametrize("option", ["full", "causal", "window"])
+def test_packed_in_large_blocks(rng, large_blocks, dim, option):
+    check_packed(rng, dim, option, BF16)
 
 
 def test_thousands_of_short_sequences(rng):

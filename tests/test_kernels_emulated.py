@@ -42,8 +42,8 @@ KERNEL_FLAGS = (
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
 )
 HOST_FILES = [
-    "cuda/batch_axes.cc", "cuda/disk_cache.cc", "cuda/heuristics.cc", "cuda/jit.cc", "cuda/launch_bwd.cc",
-    "cuda/launch_dbias.cc", "cuda/launch_fwd.cc", "cuda/tensor_map.cc", "ffi/decode.cc",
+    "cuda/disk_cache.cc", "cuda/heuristics.cc", "cuda/jit.cc", "cuda/launch_bwd.cc", "cuda/launch_dbias.cc",
+    "cuda/launch_fwd.cc", "cuda/simplify.cc", "cuda/tensor_map.cc", "ffi/decode.cc",
 ]  # fmt: skip
 # Shared memory, as cpp/cuda/driver.cc knows it.
 ARCHS = {90: 232448, 86: 101376, 80: 166912}
@@ -119,6 +119,7 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.argtypes = [ctypes.c_int, ctypes.c_longlong]
     loaded.emulate_choice.argtypes = [ctypes.c_int, ctypes.c_bool]
+    loaded.emulated_blocks.restype = ctypes.c_longlong
     loaded.has_sound_order.argtypes = [ctypes.c_longlong] * 5
     loaded.has_sound_order.restype = ctypes.c_bool
     with pytest.MonkeyPatch.context() as patch:
@@ -313,6 +314,47 @@ LARGE_BLOCKS = {
 @pytest.mark.parametrize("case", LARGE_BLOCKS)
 def test_large_blocks(rng, emulated, case):
     check_dense(rng, emulated, LARGE_BLOCKS[case], HOPPER, large_blocks=True)
+
+
+# One query: of heads that share keys the kernels make queries of one head, where `together`.
+ONE_QUERY = {
+    "causal, lengths": (True, {**BOTTOM, "key_value_seq_lengths": np.int32([131, 0])}),
+    "128, cap": (True, {"H": 128, "D": 64, "logits_soft_cap": 3.0, "local_window_size": (199, 3), **BOTTOM}),
+    "bias, mask": (True, {"bias": normal(2, 4, 1, 200, dtype=BF16), "mask": booleans(1, 4, 1, 200), **BOTTOM}),
+    "bias, wide mask for all heads": (True, {"S": 208, "bias": normal(1, 1, 1, 208), "mask": booleans(2, 1, 1, 208)}),
+    "top": (True, {"T": 1, "local_window_size": (3, 199), "causal_alignment": "top_left"}),
+    "window": (False, {"local_window_size": (70, 0)}),
+    "window that hides one key": (False, {"local_window_size": (198, 0)}),
+    "causal top": (False, TOP),
+    "alibi": (False, {"alibi_slopes": HEADS}),
+    "sinks": (False, {"sinks": normal(4)}),
+    "dropout": (False, DROPOUT),
+    "query lengths": (False, {"query_seq_lengths": np.int32([1, 0])}),
+    "segments": (False, {"query_segment_ids": segments(2, 2, 1), "key_value_segment_ids": segments(2, 2, 200)}),
+    "two queries": (False, {"T": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),  # on Hopper those that look new to its kernels
+    [(family, case) for case, (new, _) in ONE_QUERY.items() for family in ((PORTABLE, HOPPER) if new else (PORTABLE,))],
+)
+def test_one_query(rng, emulated, runtime, family, case):
+    together, options = ONE_QUERY[case]
+    shape = {"T": 1, "S": 200, "H": 64} | {name: x for name, x in options.items() if name in set("TSHD")}
+    options = {name: x(rng) if callable(x) else x for name, x in options.items() if name not in shape and name != "D"}
+    arrays = rng.qkv(2, shape["T"], shape["S"], 4, 2, shape["H"], shape.get("D"), dtype=BF16)
+
+    def call(q, k, v):
+        return flash_attention(q, k, v, **options, return_lse=True)
+
+    with emulated(90, family):
+        out, lse = jax.block_until_ready(call(*arrays))
+    if family == PORTABLE:
+        assert runtime.emulated_blocks() == 2 * (2 if together else 4)
+    expected = call(*wide(arrays))
+    assert_near(out, expected[0], BF16)
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-4, atol=1e-3)
 
 
 # What Hopper's gradient of a bias has to bear beside "bias" and "bias for all" above.

@@ -1,8 +1,8 @@
 // The backward pass on a GPU: preprocess, the kernel proper, postprocess.
 #include "cuda/attention.h"
-#include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"
+#include "cuda/simplify.h"
 #include "cuda/tensor_map.h"
 
 namespace flash::cuda {
@@ -19,7 +19,7 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
 }  // namespace
 
 void launch(const BwdProblem& problem, int32 device, Stream stream) {
-  const BwdProblem p = with_few_batch_axes(problem);
+  const BwdProblem p = simplified(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));
   const Kernels& kernels = load(c, device);
   const int64 entries = num_batch_entries(p);

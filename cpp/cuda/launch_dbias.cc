@@ -1,8 +1,8 @@
 // The gradient of the bias on a GPU: one kernel, with a thread block for each block of the bias.
 #include "cuda/attention.h"
-#include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"
+#include "cuda/simplify.h"
 #include "cuda/tensor_map.h"
 
 namespace flash::cuda {
@@ -17,7 +17,7 @@ void launch_hopper(const DbiasProblem& p, const KernelConfig& c, Function kernel
 }  // namespace
 
 void launch(const DbiasProblem& problem, int32 device, Stream stream) {
-  const DbiasProblem p = with_few_batch_axes(problem);
+  const DbiasProblem p = simplified(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));
   const int64 blocks =
       num_bias_entries(p) * num_bias_heads(p) * ceil_div(p.seqlen_q, c.block_q) * ceil_div(p.seqlen_kv, c.block_kv);

@@ -1,8 +1,8 @@
 // The forward pass on a GPU: one kernel.
 #include "cuda/attention.h"
-#include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"
+#include "cuda/simplify.h"
 #include "cuda/tensor_map.h"
 
 namespace flash::cuda {
@@ -21,7 +21,7 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
 }  // namespace
 
 void launch(const FwdProblem& problem, int32 device, Stream stream) {
-  const FwdProblem p = with_few_batch_axes(problem);
+  const FwdProblem p = simplified(problem);
   const KernelConfig c = configure(facts_of(p), arch_of(device));
   const int64 entries = num_batch_entries(p);
   int64 blocks = ceil_div(p.max_seqlen_q, c.block_q) * p.num_heads * p.num_sequences * entries;

@@ -1,21 +1,21 @@
 // What comes before a launch, alike for every kind of problem: its kernels are compiled, and loaded.
 #include "cuda/attention.h"
-#include "cuda/batch_axes.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"
+#include "cuda/simplify.h"
 
 namespace flash::cuda {
 namespace {
 
 template <class Problem>
 void compile_for_visible_archs(const Problem& problem) {
-  const KernelConfig facts = facts_of(with_few_batch_axes(problem));
+  const KernelConfig facts = facts_of(simplified(problem));
   for (const Arch& arch : visible_archs()) compile(configure(facts, arch), arch);
 }
 
 template <class Problem>
 void load_on(const Problem& problem, int32 device) {
-  load(configure(facts_of(with_few_batch_axes(problem)), arch_of(device)), device);
+  load(configure(facts_of(simplified(problem)), arch_of(device)), device);
 }
 
 }  // namespace

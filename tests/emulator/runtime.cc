@@ -29,6 +29,7 @@ namespace flash::cuda {
 namespace {
 
 Arch emulated_arch;
+int64 blocks_of_last_launch;
 std::mutex mutex;  // one launch at a time: the state of an emulated GPU is global
 
 using Entry = const char* (*)(unsigned blocks, unsigned threads, unsigned bytes, const void* problem);
@@ -151,6 +152,7 @@ void set_zero(void* data, int64 bytes, Stream) {
 void launch(Function function, int64 grid_x, int32 threads, int64 shared_bytes, Stream, const void* params, bool) {
   if (grid_x == 0) return;
   std::lock_guard lock(mutex);
+  blocks_of_last_launch = grid_x;
   if (const char* error = reinterpret_cast<Entry>(function)(unsigned(grid_x), threads, shared_bytes, params))
     throw Error(Error::Code::kInternal, error);
 }
@@ -252,6 +254,11 @@ extern "C" void emulate_choice(int family, bool large_blocks) {
   std::map<std::string, flash::int32> fields = {{"family", family}};
   if (large_blocks) fields.insert({{"direction", int(flash::Direction::kFwd)}, {"block_q", 192}, {"num_warps", 12}});
   flash::cuda::override_config(fields);
+}
+
+// Thread blocks of the kernel that ran last.
+extern "C" long long emulated_blocks() {
+  return flash::cuda::blocks_of_last_launch;
 }
 
 // Whether the order of a forward's units covers all heads, by sections that a kernel can divide by.

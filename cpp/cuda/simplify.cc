@@ -1,4 +1,4 @@
-#include "cuda/batch_axes.h"
+#include "cuda/simplify.h"
 
 #include <initializer_list>
 
@@ -28,18 +28,43 @@ void collapse(P& p, std::initializer_list<View P::*> views) {
   p.num_batch_axes = kept;
 }
 
+// Whether the only query of each sequence sees all of its keys: it stands at the last of them if aligned bottom-right,
+// else at the first.
+bool only_query_sees_all(const Problem& p) {
+  const Options& o = p.options;
+  const auto reaches_all = [&](int32 window) { return window < 0 || window >= p.seqlen_kv - 1; };
+  return p.seqlen_q == 1 && !p.cu_seqlens_q.data && !p.q_lens.data &&
+         (o.bottom_right ? reaches_all(o.window_left) : reaches_all(o.window_right));
+}
+
+// The heads of a group become queries of one head. Not where the kernels take a value for each head, or the query's
+// segment.
+void make_heads_queries(FwdProblem& p) {
+  const bool differ = p.alibi_slopes.data || p.sinks.data || p.dropout_stream.data || p.q_segment_ids.data;
+  if (p.num_heads == p.num_heads_kv || !only_query_sees_all(p) || differ || p.probs.data) return;
+  const int64 group = p.num_heads / p.num_heads_kv;
+  p.options.window_left = p.options.window_right = -1;
+  p.seqlen_q = p.max_seqlen_q = group;
+  p.num_heads = p.num_heads_kv;
+  for (View* view : {&p.q, &p.o, &p.lse, &p.bias, &p.mask}) {
+    view->row_stride = view->head_stride;
+    view->head_stride *= group;
+  }
+}
+
 }  // namespace
 
-FwdProblem with_few_batch_axes(const FwdProblem& problem) {
+FwdProblem simplified(const FwdProblem& problem) {
   using P = FwdProblem;
   P p = problem;
   collapse<P>(p, {&P::q, &P::k, &P::v, &P::bias, &P::mask, &P::alibi_slopes, &P::sinks, &P::q_lens, &P::kv_lens,
                   &P::q_segment_ids, &P::kv_segment_ids, &P::cu_seqlens_q, &P::cu_seqlens_kv, &P::page_table,
                   &P::dropout_stream, &P::o, &P::lse, &P::probs});
+  make_heads_queries(p);
   return p;
 }
 
-BwdProblem with_few_batch_axes(const BwdProblem& problem) {
+BwdProblem simplified(const BwdProblem& problem) {
   using P = BwdProblem;
   P p = problem;
   collapse<P>(p, {&P::q,
@@ -72,7 +97,7 @@ BwdProblem with_few_batch_axes(const BwdProblem& problem) {
 }
 
 // Of dbias, whose entries are numbered in the order of the bias's, there is nothing to join.
-DbiasProblem with_few_batch_axes(const DbiasProblem& problem) {
+DbiasProblem simplified(const DbiasProblem& problem) {
   using P = DbiasProblem;
   P p = problem;
   collapse<P>(p, {&P::q, &P::k, &P::v, &P::bias, &P::mask, &P::alibi_slopes, &P::q_lens, &P::kv_lens, &P::q_segment_ids,
