@@ -424,6 +424,10 @@ inline int32 reduce_min(int32 x) {
   return x;
 }
 
+inline int32 max3(int32 a, int32 b, int32 c) {
+  return max_of(max_of(a, b), c);
+}
+
 inline int32 reduce_max(int32 x) {
   const emulator::Exchange<int32> lanes(x);
   for (const int32 other : lanes.all) x = max_of(x, other);

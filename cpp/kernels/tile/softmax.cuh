@@ -3,6 +3,7 @@
 
 #include "common/types.h"
 #include "kernels/ptx/convert.cuh"
+#include "kernels/ptx/max3.cuh"
 #include "kernels/tile/layout.cuh"
 
 namespace flash {
@@ -28,39 +29,55 @@ __forceinline__ float quad_sum(float x) {
 // below 2^8, which costs no precision, and o need hardly ever be rescaled.
 inline constexpr float kMaxLag = 8.0f;
 
+// The greatest of a thread's scores in row r, unless all are negative: then any of them. Floats have the order of
+// integers with the same bits, but for negative ones among themselves, and of integers three are compared at a time.
+template <int32 kM, int32 kN>
+__forceinline__ float max_unless_negative(const Accumulator<kM, kN>& s, int32 r) {
+  auto bits = [&](int32 c) { return __float_as_int(s.x[r / 2][c / 2][r % 2 * 2 + c % 2]); };
+  int32 chain[2] = {bits(0), bits(1)};  // each instruction of a single one would wait for the one in front of it
+#pragma unroll
+  for (int32 c = 2; c < kN / 4; c += 2) chain[c / 2 % 2] = ptx::max3(chain[c / 2 % 2], bits(c), bits(c + 1));
+  return __int_as_float(max_of(chain[0], chain[1]));
+}
+
+// Of all the quad's scores.
+template <int32 kM, int32 kN>
+__forceinline__ float row_max(const Accumulator<kM, kN>& s, int32 r) {
+  float max = -kInfinity;
+#pragma unroll
+  for (int32 n = 0; n < kN / 8; ++n) max = fmaxf(max, fmaxf(s.x[r / 2][n][r % 2 * 2], s.x[r / 2][n][r % 2 * 2 + 1]));
+  return quad_max(max);
+}
+
 // Takes note of the scores s. Where the maximum has grown by kMaxLag in a row of the warp the result is true, and what
-// was computed before must be multiplied by `rescale`. on_maximum() is called in front of the branch.
+// was computed before must be multiplied by `rescale`. on_maximum() is called in front of a branch that is taken when
+// it may have grown, which costs less to know.
 template <int32 kM, int32 kN, class OnMaximum>
 __forceinline__ bool raise_maximum(const Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
                                    float factor, OnMaximum on_maximum) {
-  float max[kM / 8];
-  bool grows[kM / 8], any_grows = false;
+  const float lag = kMaxLag / factor;
+  bool may_grow = false;
 #pragma unroll
   for (int32 r = 0; r < kM / 8; ++r) {
-    float chain[2];  // each instruction of a single one would wait for the one in front of it
-#pragma unroll
-    for (int32 n = 0; n < kN / 8; ++n) {
-      const float pair = fmaxf(s.x[r / 2][n][r % 2 * 2], s.x[r / 2][n][r % 2 * 2 + 1]);
-      chain[n % 2] = n < 2 ? pair : fmaxf(chain[n % 2], pair);
-    }
-    max[r] = quad_max(fmaxf(chain[0], chain[1]));
-    // Also true where a first key is seen, and (as a negation) for NaN.
-    grows[r] = !(max[r] * factor <= state.max[r] * factor + kMaxLag);
-    any_grows = any_grows || grows[r];
+    // Negations are also true for NaN, and the first where negative floats have the wrong order.
+    const float limit = state.max[r] + lag;
+    may_grow |= !(limit >= 0.0f) | !(max_unless_negative(s, r) <= limit);
   }
   on_maximum();
-  any_grows = __any_sync(~0u, any_grows);
-  if (any_grows) {
+  if (!__any_sync(~0u, may_grow)) return false;
+  bool any_grows = false;
 #pragma unroll
-    for (int32 r = 0; r < kM / 8; ++r) {
-      // Each row decides for itself, lest its neighbours in the warp change how it is rounded.
-      const float new_max = grows[r] ? fmaxf(state.max[r], max[r]) : state.max[r];
-      rescale[r] = grows[r] ? ptx::ex2_approx((state.max[r] - new_max) * factor) : 1.0f;
-      state.max[r] = new_max;
-      state.sum[r] *= rescale[r];
-    }
+  for (int32 r = 0; r < kM / 8; ++r) {
+    // Each row decides for itself, lest its neighbours in the warp change how it is rounded.
+    const float max = row_max(s, r);
+    const bool grows = !(max <= state.max[r] + lag);  // also where a first key is seen
+    const float new_max = grows ? fmaxf(state.max[r], max) : state.max[r];
+    rescale[r] = grows ? ptx::ex2_approx((state.max[r] - new_max) * factor) : 1.0f;
+    state.max[r] = new_max;
+    state.sum[r] *= rescale[r];
+    any_grows |= grows;
   }
-  return any_grows;
+  return __any_sync(~0u, any_grows);
 }
 
 // Columns kBegin to kEnd of s become 2^(s - max). kGuard: a row may have seen no key so far.

@@ -1,0 +1,12 @@
+// The greatest of three integers: one instruction from compute capability 9.0 on, two before.
+#pragma once
+
+#include "common/types.h"
+
+namespace flash::ptx {
+
+__forceinline__ int32 max3(int32 a, int32 b, int32 c) {
+  return __vimax3_s32(a, b, c);
+}
+
+}  // namespace flash::ptx
