@@ -14,9 +14,12 @@ import pytest
 
 # The CPU is the default also on a machine with a GPU: in tests that select no device, and in processes that they start.
 # JAX by itself leaves "cuda" out of this list where there is no GPU.
-if "JAX_PLATFORMS" not in os.environ and any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-    os.environ["JAX_PLATFORMS"] = "cpu,cuda"
-    jax.config.update("jax_platforms", "cpu,cuda")
+if any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+    if "JAX_PLATFORMS" not in os.environ:
+        os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+        jax.config.update("jax_platforms", "cpu,cuda")
+else:  # what XLA compiles here runs once, mostly: half of the time was spent on optimizing it
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one GPU
 jax.config.update("jax_num_cpu_devices", 8)
 # References that run on the GPU: a float32 product is TF32 there unless told otherwise.

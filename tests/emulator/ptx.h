@@ -38,6 +38,8 @@ inline int32 atom_add(int32* p, int32 x) {
 
 inline void opaque(uint32&) {}
 
+inline constexpr bool kAccumulatorsMustBeDefined = false;
+
 inline void compute_now(float x) {
   if (x < 0.0f) emulator::fail("what is never negative is");
 }

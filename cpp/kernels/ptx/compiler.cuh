@@ -1,4 +1,4 @@
-// No instructions: what the compiler is not to know.
+// What the compiler is not to know, mostly without instructions.
 #pragma once
 
 #include "common/types.h"
@@ -15,5 +15,13 @@ __forceinline__ void opaque(uint32& x) {
 __forceinline__ void compute_now(float x) {
   if (x < 0.0f) asm volatile("nanosleep.u32 0;");
 }
+
+// Before CUDA 12.9 ptxas runs all products one after the other (C7515) if the first may add to an accumulator that
+// nothing has defined, whatever becomes of it.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1209
+inline constexpr bool kAccumulatorsMustBeDefined = true;
+#else
+inline constexpr bool kAccumulatorsMustBeDefined = false;
+#endif
 
 }  // namespace flash::ptx

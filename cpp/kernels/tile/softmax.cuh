@@ -33,11 +33,11 @@ inline constexpr float kMaxLag = 8.0f;
 // integers with the same bits, but for negative ones among themselves, and of integers three are compared at a time.
 template <int32 kM, int32 kN>
 __forceinline__ float max_unless_negative(const Accumulator<kM, kN>& s, int32 r) {
-  auto bits = [&](int32 c) { return __float_as_int(s.x[r / 2][c / 2][r % 2 * 2 + c % 2]); };
+  auto bits = [&](int32 c) { return __builtin_bit_cast(int32, s.x[r / 2][c / 2][r % 2 * 2 + c % 2]); };
   int32 chain[2] = {bits(0), bits(1)};  // each instruction of a single one would wait for the one in front of it
 #pragma unroll
   for (int32 c = 2; c < kN / 4; c += 2) chain[c / 2 % 2] = ptx::max3(chain[c / 2 % 2], bits(c), bits(c + 1));
-  return __int_as_float(max_of(chain[0], chain[1]));
+  return __builtin_bit_cast(float, max_of(chain[0], chain[1]));
 }
 
 // Of all the quad's scores.
