@@ -189,6 +189,35 @@ def test_packed_in_large_blocks(rng, large_blocks, dim, option):
     check_packed(rng, dim, option, BF16)
 
 
+@pytest.mark.parametrize("heads", [(8, 2), (160, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("option", ["plain", "window", "sinks", "cap, bias, mask", "alibi"])
+def test_one_query(rng, option, heads):
+    """Decoding: heads that share keys, of which there may be more than a block has queries, are read together."""
+    num_heads, heads_kv = heads
+    for dim in (64, 128, 256, 111):
+        options = {
+            "plain": {},
+            "window": {"local_window_size": (300, 0)},
+            "sinks": {"sinks": rng.normal(num_heads)},
+            "cap, bias, mask": {
+                "logits_soft_cap": 3.0,
+                "bias": rng.normal(3, num_heads, 1, 1000, dtype=BF16),
+                "mask": rng.bernoulli(3, 1, 1, 1000),
+            },
+            "alibi": {"alibi_slopes": rng.normal(num_heads)},
+        }[option]
+        lengths = ints(1000, 0, 517)
+
+        def call(q, k, v, options=options, lengths=lengths):
+            return flash_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=True, return_lse=True, **options)
+
+        arrays = rng.qkv(3, 1, 1000, num_heads, heads_kv, dim, dtype=BF16)
+        out, lse = jax.jit(call)(*arrays)
+        expected = run_on_cpu(call, *wide(arrays))
+        np.testing.assert_allclose(lse, expected[1], rtol=1e-4, atol=1e-3)
+        assert_near(out, expected[0], BF16, 2 if option == "cap, bias, mask" else 1)
+
+
 def test_thousands_of_short_sequences(rng):
     sizes = rng.generator.integers(0, 5, 3000)
     offsets, total = ints(0, *np.cumsum(sizes)), int(sizes.sum())

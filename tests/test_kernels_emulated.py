@@ -316,18 +316,17 @@ def test_large_blocks(rng, emulated, case):
     check_dense(rng, emulated, LARGE_BLOCKS[case], HOPPER, large_blocks=True)
 
 
-# One query: of heads that share keys the kernels make queries of one head, where `together`.
+LENGTHS_OF_KEYS = {"key_value_seq_lengths": np.int32([131, 0])}
+# One query: heads that share keys become queries of one head, where they are `together`.
 ONE_QUERY = {
-    "causal, lengths": (True, {**BOTTOM, "key_value_seq_lengths": np.int32([131, 0])}),
+    "causal, lengths": (True, {**BOTTOM, **LENGTHS_OF_KEYS}),
     "128, cap": (True, {"H": 128, "D": 64, "logits_soft_cap": 3.0, "local_window_size": (199, 3), **BOTTOM}),
     "bias, mask": (True, {"bias": normal(2, 4, 1, 200, dtype=BF16), "mask": booleans(1, 4, 1, 200), **BOTTOM}),
     "bias, wide mask for all heads": (True, {"S": 208, "bias": normal(1, 1, 1, 208), "mask": booleans(2, 1, 1, 208)}),
-    "top": (True, {"T": 1, "local_window_size": (3, 199), "causal_alignment": "top_left"}),
-    "window": (False, {"local_window_size": (70, 0)}),
-    "window that hides one key": (False, {"local_window_size": (198, 0)}),
-    "causal top": (False, TOP),
+    "window": (True, {"local_window_size": (70, 0), "sinks": normal(4)}),
+    "more heads than a block has queries": (True, {"N": 140, "K": 1, "sinks": normal(140), **LENGTHS_OF_KEYS}),
+    "top": (True, {"local_window_size": (3, 150), "causal_alignment": "top_left"}),
     "alibi": (False, {"alibi_slopes": HEADS}),
-    "sinks": (False, {"sinks": normal(4)}),
     "dropout": (False, DROPOUT),
     "query lengths": (False, {"query_seq_lengths": np.int32([1, 0])}),
     "segments": (False, {"query_segment_ids": segments(2, 2, 1), "key_value_segment_ids": segments(2, 2, 200)}),
@@ -341,9 +340,10 @@ ONE_QUERY = {
 )
 def test_one_query(rng, emulated, runtime, family, case):
     together, options = ONE_QUERY[case]
-    shape = {"T": 1, "S": 200, "H": 64} | {name: x for name, x in options.items() if name in set("TSHD")}
+    shape = {"T": 1, "S": 200, "N": 4, "K": 2, "H": 64} | {n: x for n, x in options.items() if n in set("TSNKHD")}
     options = {name: x(rng) if callable(x) else x for name, x in options.items() if name not in shape and name != "D"}
-    arrays = rng.qkv(2, shape["T"], shape["S"], 4, 2, shape["H"], shape.get("D"), dtype=BF16)
+    num_heads, heads_kv = shape["N"], shape["K"]
+    arrays = rng.qkv(2, shape["T"], shape["S"], num_heads, heads_kv, shape["H"], shape.get("D"), dtype=BF16)
 
     def call(q, k, v):
         return flash_attention(q, k, v, **options, return_lse=True)
@@ -351,7 +351,7 @@ def test_one_query(rng, emulated, runtime, family, case):
     with emulated(90, family):
         out, lse = jax.block_until_ready(call(*arrays))
     if family == PORTABLE:
-        assert runtime.emulated_blocks() == 2 * (2 if together else 4)
+        assert runtime.emulated_blocks() == 2 * (heads_kv * -(num_heads // heads_kv // -128) if together else num_heads)
     expected = call(*wide(arrays))
     assert_near(out, expected[0], BF16)
     np.testing.assert_allclose(lse, expected[1], rtol=1e-4, atol=1e-3)

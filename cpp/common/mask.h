@@ -27,10 +27,11 @@ struct Range {
   int32 end;
 };
 
-// Keys that row `row` sees. Both ends never decrease from one row to the next: the block questions rest on that.
+// Keys that row `row` sees; behind the last one all rows see what it sees. Both ends never decrease from one row to the
+// next: the block questions rest on that.
 // int64 inside: row + offset + window may pass 2^31.
 static constexpr Range visible_keys(const MaskRule& rule, int32 row) {
-  const int64 diagonal = int64(row) + rule.offset;
+  const int64 diagonal = int64(min_of(row, rule.seqlen_q - 1)) + rule.offset;
   const int64 begin = rule.window_left < 0 ? 0 : diagonal - rule.window_left;
   const int64 end = rule.window_right < 0 ? rule.seqlen_kv : diagonal + rule.window_right + 1;
   return {int32(clamp_to<int64>(begin, 0, rule.seqlen_kv)), int32(clamp_to<int64>(end, 0, rule.seqlen_kv))};

@@ -55,14 +55,15 @@ struct Problem {
   int64 head_dim_v;    // of v and o
   int64 max_seqlen_q;  // a bound on the rows of a sequence, for the size of grids; seqlen_q when dense
   int64 max_seqlen_kv;
-  int64 page_size;  // 0: not paged
+  bool rows_are_heads;  // of queries: each sequence's only query, of several heads that share keys; see cuda/simplify.h
+  int64 page_size;      // 0: not paged
   int64 num_pages;
 
   // Operands, by the field's names. Rows are queries or keys; `col` is the head dim, or the key for bias and mask.
   View q, k, v;
   View bias, mask;                     // broadcast over any axis
   View alibi_slopes;                   // [batch, sequence, head] float32, sequence on `row`
-  View sinks;                          // [batch, head] float32
+  View sinks;                          // [batch, head] float32; if rows are heads, [batch, head, row]
   View q_lens, kv_lens;                // [batch, sequence] int32, sequence on `row`
   View q_segment_ids, kv_segment_ids;  // [batch, row] int32
   View cu_seqlens_q, cu_seqlens_kv;    // [batch, sequence + 1] int32, on `row`

@@ -28,25 +28,17 @@ void collapse(P& p, std::initializer_list<View P::*> views) {
   p.num_batch_axes = kept;
 }
 
-// Whether the only query of each sequence sees all of its keys: it stands at the last of them if aligned bottom-right,
-// else at the first.
-bool only_query_sees_all(const Problem& p) {
-  const Options& o = p.options;
-  const auto reaches_all = [&](int32 window) { return window < 0 || window >= p.seqlen_kv - 1; };
-  return p.seqlen_q == 1 && !p.cu_seqlens_q.data && !p.q_lens.data &&
-         (o.bottom_right ? reaches_all(o.window_left) : reaches_all(o.window_right));
-}
-
-// The heads of a group become queries of one head. Not where the kernels take a value for each head, or the query's
-// segment.
+// The heads of a group become queries of one head. Not where kernels know of slopes and random bits by head, and of
+// lengths and segments by query.
 void make_heads_queries(FwdProblem& p) {
-  const bool differ = p.alibi_slopes.data || p.sinks.data || p.dropout_stream.data || p.q_segment_ids.data;
-  if (p.num_heads == p.num_heads_kv || !only_query_sees_all(p) || differ || p.probs.data) return;
+  if (p.seqlen_q != 1 || p.num_heads == p.num_heads_kv) return;
+  for (const View* view : {&p.alibi_slopes, &p.dropout_stream, &p.q_lens, &p.q_segment_ids, &p.cu_seqlens_q, &p.probs})
+    if (view->data) return;
   const int64 group = p.num_heads / p.num_heads_kv;
-  p.options.window_left = p.options.window_right = -1;
+  p.rows_are_heads = true;
   p.seqlen_q = p.max_seqlen_q = group;
   p.num_heads = p.num_heads_kv;
-  for (View* view : {&p.q, &p.o, &p.lse, &p.bias, &p.mask}) {
+  for (View* view : {&p.q, &p.o, &p.lse, &p.bias, &p.mask, &p.sinks}) {
     view->row_stride = view->head_stride;
     view->head_stride *= group;
   }

@@ -143,10 +143,13 @@ struct FwdBlock {
     // Epilogue: o / sum, and lse = max + log(sum), both with the sink in the sum if there is one.
     ptx::cp_async_wait<0>();
     __syncthreads();  // all are done with Q's memory
-    const float sink =
-        p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e : -kInfinity;
+    const float* head_sinks = address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, q_row);
+    float sinks[kRowsPerWarp / 8];
+#pragma unroll
+    for (int32 r = 0; r < kRowsPerWarp / 8; ++r)
+      sinks[r] = sink_of(p, head_sinks, min_of(warp_row + 8 * r + lane / 4, rows - 1));
     float normalizer[kRowsPerWarp / 8], lse[kRowsPerWarp / 8];
-    finish_softmax<kRowsPerWarp, kC.head_dim_v>(state, o, factor, sink, normalizer, lse);
+    finish_softmax<kRowsPerWarp, kC.head_dim_v>(state, o, factor, sinks, normalizer, lse);
     const float dropout_scale = 256.0f / float(p.options.keep_threshold);
 #pragma unroll
     for (int32 r = 0; r < kRowsPerWarp / 8; ++r) {

@@ -278,8 +278,8 @@ struct Fwd {
     struct Results {
       uint16* o_rows;
       float* lse_rows;
+      const float* sinks;
       int32 rows;  // 0: nothing is left to be done
-      float sink;  // log2 units
     };
     Results due = {};
     const float factor = score_factor<kC>(p);
@@ -292,8 +292,10 @@ struct Fwd {
       issue_gemm<kDType, true>(o, probs, ColsOperand<typename Storage::V>(v_tile()));
     };
     auto write_results = [&](const SoftmaxState<2>& state) {
-      float normalizer[2], lse[2];
-      finish_softmax<16, kC.head_dim_v>(state, o, factor, due.sink, normalizer, lse);
+      float sinks[2], normalizer[2], lse[2];
+#pragma unroll
+      for (int32 r = 0; r < 2; ++r) sinks[r] = sink_of(p, due.sinks, min_of(warp_row + 8 * r + lane / 4, due.rows - 1));
+      finish_softmax<16, kC.head_dim_v>(state, o, factor, sinks, normalizer, lse);
 #pragma unroll
       for (int32 r = 0; r < 2; ++r) {
         const int32 row = warp_row + 8 * r + lane / 4;
@@ -318,8 +320,7 @@ struct Fwd {
       const int64 o_row = seq.q.begin + q_row;
       uint16* o_rows = address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row);
       float* lse_rows = address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row);
-      const float sink =
-          p.sinks.data ? *address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, 0) * kLog2e : -kInfinity;
+      const float* sinks = address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, q_row);
       const ScoreInputs<kC> in(p, seq, head);
       KeyBlocks<kC> keys = keys_of(in, unit);
       int32 n = keys.last();
@@ -328,7 +329,7 @@ struct Fwd {
       if (seeing < slot_rows) {
         store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, seeing, slot_rows, int32(p.head_dim_v));
         for (int32 r = seeing + thread; r < slot_rows; r += kComputingThreads)
-          lse_rows[r] = r < rows ? sink * kLn2 : -kInfinity;
+          lse_rows[r] = r < rows ? sink_of(p, sinks, r) * kLn2 : -kInfinity;
       }
       if (seeing == 0) return;
       if (64 * warpgroup >= rows) {
@@ -380,7 +381,7 @@ struct Fwd {
       };
       auto begin_results = [&](int32 n) {
         o.clear();
-        due = {o_rows, lse_rows, rows, sink};
+        due = {o_rows, lse_rows, sinks, rows};
         hide_rows_behind(p, seq, v_tile(), v_ring, n, warpgroup, thread % 128);
       };
       // Q K^T of block n and P V of the block before it, the last one of the unit before if kFirst.

@@ -101,7 +101,13 @@ __forceinline__ Sequence sequence_of(const Problem& p, int64 batch, int32 index)
 }
 
 __forceinline__ MaskRule mask_rule_of(const Problem& p, const Sequence& s) {
-  return make_mask_rule(s.q.used, s.kv.used, p.options.window_left, p.options.window_right, p.options.bottom_right);
+  return make_mask_rule(p.rows_are_heads ? 1 : s.q.used, s.kv.used, p.options.window_left, p.options.window_right,
+                        p.options.bottom_right);
+}
+
+// The sink of a row's head in log2 units, of those at `sinks`; -inf if there are none.
+__forceinline__ float sink_of(const Problem& p, const float* sinks, int32 row) {
+  return p.sinks.data ? sinks[row * p.sinks.row_stride] * kLog2e : -kInfinity;
 }
 
 // dq_accum holds sums as the fragments of accumulators: blocks of 16 queries, in them n-tiles of 8 columns, in these

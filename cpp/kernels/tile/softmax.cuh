@@ -122,9 +122,10 @@ __forceinline__ void scale_rows(Accumulator<kM, kN>& x, const float (&factor)[kM
 // both with a sink (log2 units; -inf for none) in the sum. Rows that have seen no key get o = 0 and the sink's lse.
 template <int32 kM, int32 kDimV>
 __forceinline__ void finish_softmax(const SoftmaxState<kM / 8>& state, Accumulator<kM, kDimV>& o, float factor,
-                                    float sink, float (&normalizer)[kM / 8], float (&lse)[kM / 8]) {
+                                    const float (&sinks)[kM / 8], float (&normalizer)[kM / 8], float (&lse)[kM / 8]) {
 #pragma unroll
   for (int32 r = 0; r < kM / 8; ++r) {
+    const float sink = sinks[r];
     const float own_sum = quad_sum(state.sum[r]), own_max = state.max[r] * factor, max = fmaxf(own_max, sink);
     const bool no_key = own_sum == 0.0f;
     const float rescale = no_key ? 0.0f : ptx::ex2_approx(own_max - max);
