@@ -316,6 +316,18 @@ def test_large_blocks(rng, emulated, case):
     check_dense(rng, emulated, LARGE_BLOCKS[case], HOPPER, large_blocks=True)
 
 
+@pytest.mark.parametrize("family", [PORTABLE, HOPPER])
+def test_scores_below_zero_that_rise(rng, emulated, family):
+    """Each block of keys, from the last to the first, has a greater maximum, and all of them are far below 0."""
+    q, k, v = rng.qkv(2, 70, 300, 2, 2, 64, dtype=F16)
+    q, k = 0.1 * q + 1, 0.1 * k - (2 + 0.2 * jnp.arange(300, dtype=F16)[:, None, None])
+
+    def call(q, k, v):
+        return flash_attention(q, k, v, return_lse=True)
+
+    compare(emulated, call, (q, k, v), cotangents_of(rng, q, v), factor=2, family=family)
+
+
 LENGTHS_OF_KEYS = {"key_value_seq_lengths": np.int32([131, 0])}
 # One query: heads that share keys become queries of one head, where they are `together`.
 ONE_QUERY = {

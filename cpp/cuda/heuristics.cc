@@ -225,8 +225,8 @@ int64 group_of(const Problem& p) {
 // Whether units of work differ in length.
 bool is_uneven(const Problem& p) {
   const Options& o = p.options;
-  return (o.window_left < 0 && o.window_right >= 0) || p.cu_seqlens_q.data || p.cu_seqlens_kv.data || p.q_lens.data ||
-         p.kv_lens.data || p.q_segment_ids.data;
+  return (!p.rows_are_heads && o.window_left < 0 && o.window_right >= 0) || p.cu_seqlens_q.data ||
+         p.cu_seqlens_kv.data || p.q_lens.data || p.kv_lens.data || p.q_segment_ids.data;
 }
 
 // For num_heads heads, each with so many blocks. least_heads of them share operands of so many rows and bytes in each.

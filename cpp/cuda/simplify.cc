@@ -29,7 +29,7 @@ void collapse(P& p, std::initializer_list<View P::*> views) {
 }
 
 // The heads of a group become queries of one head. Not where kernels know of slopes and random bits by head, and of
-// lengths and segments by query.
+// lengths and segments by query; nor where weights are returned.
 void make_heads_queries(FwdProblem& p) {
   if (p.seqlen_q != 1 || p.num_heads == p.num_heads_kv) return;
   for (const View* view : {&p.alibi_slopes, &p.dropout_stream, &p.q_lens, &p.q_segment_ids, &p.cu_seqlens_q, &p.probs})

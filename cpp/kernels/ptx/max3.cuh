@@ -1,4 +1,4 @@
-// The greatest of three integers: one instruction from compute capability 9.0 on, two before.
+// The greatest of three integers: one instruction of compute capability 9.0 and 10.0, two elsewhere.
 #pragma once
 
 #include "common/types.h"

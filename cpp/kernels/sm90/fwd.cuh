@@ -464,7 +464,7 @@ struct Fwd {
         __syncwarp();  // else the compiler takes what follows for divergent, and keeps addresses in threads' registers
       }
     };
-    if constexpr (ptx::kAccumulatorsMustBeDefined) o.clear();  // others spill more for it
+    if constexpr (kPvLags && ptx::kAccumulatorsMustBeDefined) o.clear();  // others spill more for it
     for_each_unit(shared, base, attend);
     finish();
   }
