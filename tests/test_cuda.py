@@ -189,6 +189,15 @@ def test_packed_in_large_blocks(rng, large_blocks, dim, option):
     check_packed(rng, dim, option, BF16)
 
 
+@HEAD_DIMS
+def test_scores_below_zero_that_rise(rng, dim):
+    """Each block of keys, from the last to the first, has a greater maximum, and all of them are far below 0."""
+    q, k, v = rng.qkv(2, 1000, 1500, 2, 2, dim, dtype=F16)
+    q, k = 0.1 * q + 1, 0.1 * k - (2 + 0.02 * jnp.arange(1500, dtype=F16)[:, None, None])
+    call = functools.partial(flash_attention, scale=0.125 * 64 / dim, return_lse=True)
+    compare_with_cpu(call, (q, k, v), cotangents_of(rng, q, v), factor=2)
+
+
 @pytest.mark.parametrize("heads", [(8, 2), (160, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("option", ["plain", "window", "sinks", "cap, bias, mask", "alibi"])
 def test_one_query(rng, option, heads):
