@@ -1,5 +1,4 @@
-"""Every row of the heuristics table, compiled by the NVRTC of PyPI for every architecture that it is for, or for one of
-those with as much shared memory: no GPU is needed.
+"""Every row of the heuristics table, compiled for every architecture by the NVRTC of PyPI: no GPU is needed.
 
 Fails on errors, on warnings, on shared memory that an architecture does not have, and where more
 registers are spilled than a table says.
@@ -109,13 +108,7 @@ def features(direction: int) -> list[str]:
     return [name for name in FEATURES if ONLY.get(name, direction) == direction]
 
 
-LIKE_ANOTHER = ("sm_89", "sm_100a", "sm_120a")  # in shared memory, and hence in tiles
-CASES = [
-    Case(arch, d, dim, dim)
-    for arch in SHARED_LIMITS
-    for dim in ((64, 256) if arch in LIKE_ANOTHER else CLASSES)
-    for d in DIRECTIONS
-]
+CASES = [Case(arch, d, dim, dim) for arch in SHARED_LIMITS for dim in CLASSES for d in DIRECTIONS]
 # Unequal head dims, and rows that do not start on 16 bytes.
 CASES += [Case(arch, d, *dims) for arch in ("sm_80", "sm_90a") for dims in ((192, 128), (111, 111)) for d in DIRECTIONS]
 CASES += [Case("sm_80", d, 64, 64, dtype=F16) for d in DIRECTIONS]
