@@ -29,7 +29,7 @@ __forceinline__ float quad_sum(float x) {
 // below 2^8, which costs no precision, and o need hardly ever be rescaled.
 inline constexpr float kMaxLag = 8.0f;
 
-// The greatest of a thread's scores in row r, unless all are negative: then any of them. Floats have the order of
+// The greatest of a thread's scores in row r, unless all are negative: then the least. Floats have the order of
 // integers with the same bits, but for negative ones among themselves, and of integers three are compared at a time.
 template <int32 kM, int32 kN>
 __forceinline__ float max_unless_negative(const Accumulator<kM, kN>& s, int32 r) {
