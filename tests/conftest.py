@@ -18,8 +18,10 @@ if any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
     if "JAX_PLATFORMS" not in os.environ:
         os.environ["JAX_PLATFORMS"] = "cpu,cuda"
         jax.config.update("jax_platforms", "cpu,cuda")
-else:  # what XLA compiles here runs once, mostly: half of the time was spent on optimizing it
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+elif jax.__version_info__ < (0, 11):  # XLA ends a process over flags that it does not know: these it knows up to there
+    # What it compiles here runs once, mostly: three quarters of the time were spent on making it fast.
+    flags = "backend_optimization_level=0", "cpu_use_fusion_emitters=false", "cpu_parallel_codegen_split_count=1"
+    os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in flags))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one GPU
 jax.config.update("jax_num_cpu_devices", 8)
 # References that run on the GPU: a float32 product is TF32 there unless told otherwise.
