@@ -42,8 +42,8 @@ struct KernelConfig {
   int32 block_q;
   int32 block_kv;
   int32 num_warps;   // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
-  int32 warps_d;     // backward: warps (on Hopper warpgroups) side by side along the head dim of dk and dv; the others
-                     // lie along the keys. Gradient of the bias: side by side along the queries
+  int32 warps_d;     // portable backward: warps side by side along the head dim of dk and dv; the others lie along the
+                     // keys. Portable gradient of the bias: side by side along the queries. Elsewhere 1
   int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward, in both of Hopper's of
                      // bias tiles too; 2 in the gradient of the bias if k and v have one each, in Hopper's of pairs,
                      // which are k and q or v and dO
@@ -90,6 +90,12 @@ static constexpr void for_each_field(Config& c, Visit visit) {
 inline constexpr int32 kRowKernelThreads = 128;
 inline constexpr int32 kRowKernelRows = 128;
 
+// Hopper's backward: whether its two warpgroups share a block's keys, of which one computes S^T and dV, the other one
+// dP^T and dK. Otherwise each has 64 keys of its own.
+static constexpr bool has_roles(const KernelConfig& c) {
+  return c.block_kv == 64;
+}
+
 // Tiles in shared memory are stored in panels so wide; where `shares` warpgroups each have their part of the columns,
 // parts are whole panels.
 static constexpr int32 panel_cols(int32 cols, int32 shares = 1) {
@@ -104,13 +110,9 @@ static constexpr int32 column_shares_of_dq(const KernelConfig& c) {
 static constexpr int32 columns_of_dq(const KernelConfig& c) {
   return (c.head_dim / column_shares_of_dq(c) + 31) / 32 * 32;
 }
-// Panels of tiles with q's head dim, and of those with v's, in all of Hopper's kernels: in the others nobody has a
-// share.
+// Panels of tiles with q's head dim, in all of Hopper's kernels: in the others nobody has a share.
 static constexpr int32 panel_cols_of_q(const KernelConfig& c) {
-  return panel_cols(c.head_dim, max_of(c.warps_d, column_shares_of_dq(c)));
-}
-static constexpr int32 panel_cols_of_v(const KernelConfig& c) {
-  return panel_cols(c.head_dim_v, c.warps_d);
+  return panel_cols(c.head_dim, column_shares_of_dq(c));
 }
 
 // Threads of the main kernel.
@@ -124,12 +126,11 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
   return 65536 / num_threads(c) / 8 * 8;
 }
 
-// Hopper's backward: buffers of dS, and of P where that goes through shared memory too. With warps_d = 1 a step reads
-// dS of the step before. No barrier says that a buffer is free: who writes dS of step j has waited until all had
-// written that of step j - 2, and so were done with step j - 3, which read j - 4. With warps_d = 2 the wait is for
-// step j - 1, and all are done with step j - 2.
+// Hopper's backward: buffers of dS, which is read a step late. With keys of their own no barrier tells warpgroups that
+// one is free: who writes dS of step j has waited until all had written that of step j - 2, and so were done with step
+// j - 3, which read j - 4. With roles there are as many more for the weights that one warpgroup hands to the other.
 static constexpr int32 score_buffers(const KernelConfig& c) {
-  return c.warps_d == 1 ? 4 : 2;
+  return has_roles(c) ? 2 : 4;
 }
 
 // Barriers of Hopper's kernels, and what warps tell each other.
@@ -159,7 +160,7 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
     if (c.direction == Direction::kFwd) return hopper_fwd_bytes(c, q_buffers(c));
     if (c.direction == Direction::kDbias)
       return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
-    return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * c.warps_d * scores + kBarrierBytes;
+    return k + v + c.num_stages * (q + o + statistics + bias) + 4 * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;
   if (c.direction == Direction::kDbias) {

@@ -15,7 +15,7 @@ TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, 
 template <class HopperProblem>
 void encode_tensor_maps(HopperProblem& p, const KernelConfig& c) {
   const int64 batch = num_batch_entries(p);
-  const int32 panel = panel_cols_of_q(c), panel_v = panel_cols_of_v(c);
+  const int32 panel = panel_cols_of_q(c), panel_v = panel_cols(int32(c.head_dim_v));
   const int32 box_q = c.direction == Direction::kFwd ? 64 : c.block_q;  // of a warpgroup, or of all
   p.q_map = tensor_map_of(p.q, batch, p.seqlen_q, p.num_heads, p.head_dim, panel, box_q);
   p.k_map = tensor_map_of(p.k, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim, panel, c.block_kv);

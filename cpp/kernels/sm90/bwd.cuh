@@ -3,11 +3,11 @@
 //
 // A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all
 // query heads of the group. One warp copies Q, dO, lse and delta into rings of buffers, and if deterministic another
-// one keeps the turns at dq. Two warpgroups compute. With warps_d = 1 each owns 64 keys: P^T and dS^T are left operands
-// straight from registers, and only dS^T goes through shared memory too, for dQ = dS K. That is done a step late: the
-// two need not meet, and the exponentials of one run beside the products of the other. With warps_d = 2, for large head
-// dims, both work on the same 64 keys: on half of the queries each in S^T and dP^T, on half of the columns in dK, dV
-// and dQ, with P^T and dS^T from shared memory.
+// one keeps the turns at dq. Two warpgroups compute. Up to head dim 128 each owns 64 keys. For larger ones, of which
+// dK and dV of 64 keys take twice the registers, both have the same keys, and roles: one computes S^T, the weights P^T
+// and dV, the other one dP^T and, with the weights that the first one hands over, dS^T and dK. P^T and dS^T are left
+// operands straight from registers, and only dS^T goes through shared memory too, for dQ = dS K. That is done a step
+// late: the two need not meet, and what one has to do between its products runs beside those of the other.
 //
 // dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of it.
 #pragma once
@@ -30,26 +30,32 @@ namespace flash::sm90 {
 template <KernelConfig kC>
 struct BwdStorage {
   using K = Tile<kC.block_kv, kC.head_dim, panel_cols_of_q(kC)>;
-  using V = Tile<kC.block_kv, kC.head_dim_v, panel_cols_of_v(kC)>;
+  using V = Tile<kC.block_kv, kC.head_dim_v>;
   using Q = Tile<kC.block_q, kC.head_dim, panel_cols_of_q(kC)>;
-  using O = Tile<kC.block_q, kC.head_dim_v, panel_cols_of_v(kC)>;
+  using O = Tile<kC.block_q, kC.head_dim_v>;
   using S = Tile<kC.block_kv, kC.block_q>;
   using Bias = BiasTile<kC>;
   using Stages = Ring<kC.num_stages>;
   using Scores = Ring<score_buffers(kC)>;
-  // Offsets in bytes: at kDs buffers of dS^T, at kP of P^T if warps_d = 2.
+  // Offsets in bytes: at kDs buffers of dS^T, at kP those of weights that one role hands to the other.
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
   static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + score_buffers(kC) * S::kBytes;
-  static constexpr int32 kBias = kP + (kC.warps_d == 2 ? score_buffers(kC) * S::kBytes : 0);
+  static constexpr int32 kBias = kP + (has_roles(kC) ? score_buffers(kC) * S::kBytes : 0);
   static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
   static constexpr int32 kStatistics = kBias + kC.num_stages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
-  static constexpr int32 kRowBarriers = kStatistics + kC.num_stages * kStatisticsBytes;  // of all that has stages
-  static constexpr int32 kKvBarriers = kRowBarriers + Stages::kBytes;
+  // Of all that has stages, but with roles for dO, which is free earlier.
+  static constexpr int32 kRowBarriers = kStatistics + kC.num_stages * kStatisticsBytes;
+  static constexpr int32 kDoBarriers = kRowBarriers + Stages::kBytes;
+  static constexpr int32 kKvBarriers = kDoBarriers + Stages::kBytes;
   static constexpr int32 kTurnBarriers = kKvBarriers + Ring<1>::kBytes;
   static constexpr int32 kScoreBarriers = kTurnBarriers + Ring<1>::kBytes;
-  static_assert(kScoreBarriers + Scores::kBytes <= kRowBarriers + kBarrierBytes);
+  static constexpr int32 kWeightBarriers = kScoreBarriers + Scores::kBytes;
+  static_assert(kWeightBarriers + Scores::kBytes <= kRowBarriers + kBarrierBytes);
   static_assert(kRowBarriers + kBarrierBytes == shared_bytes(kC));
 };
+
+// What a warpgroup does to the keys that both have: S^T, P^T and dV, or dP^T, dS^T and dK.
+enum class Role { kWeights, kScores };
 
 // Of all that compute, when rows of K and V are zeroed, and of each warpgroup.
 enum BwdBarrier : int32 { kComputing = 1, kOwnWarpgroup = 2 };
@@ -57,21 +63,21 @@ enum BwdBarrier : int32 { kComputing = 1, kOwnWarpgroup = 2 };
 template <KernelConfig kC>
 struct Bwd {
   using Storage = BwdStorage<kC>;
-  static constexpr int32 kBatchAxes = kC.num_batch_axes, kD = kC.warps_d;
+  static constexpr int32 kBatchAxes = kC.num_batch_axes;
   static constexpr int32 kComputingThreads = 256;
-  static constexpr int32 kQueries = kC.block_q / kD;  // of a warpgroup's part of S^T
+  static constexpr bool kRoles = has_roles(kC);
   static constexpr int32 kDqShares = column_shares_of_dq(kC), kDqCols = columns_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
   // K and V as left operands from registers, where these suffice. Shared memory, of which two of the five products then
   // read half as much, bounds small head dims.
-  static constexpr bool kKvInRegisters = kD == 1 && kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 64;
+  static constexpr bool kKvInRegisters = kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 64;
   // Registers per thread of the copying warpgroup and of the others.
-  static constexpr bool kIsTight = kD == 1 && (kC.head_dim > 64 || kC.block_q > 64);
+  static constexpr bool kIsTight = kC.head_dim > 64 || kC.block_q > 64;
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
   static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
                 registers_at_start(kC) * num_threads(kC));
-  static_assert(kC.num_warps == 8 && kC.block_kv == (kD == 1 ? 128 : 64) && (kC.block_q == 64 || kC.block_q == 128));
-  static_assert(kD == 1 || kC.block_q == 64);
+  static_assert(kC.num_warps == 8 && kC.block_kv == (kRoles ? 64 : 128) && (kC.block_q == 64 || kC.block_q == 128));
+  static_assert(!kRoles || kC.block_q == 64);
 
   // One block of keys, from row `kv_row` of the sequence on.
   struct Block {
@@ -131,7 +137,11 @@ struct Bwd {
       Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kTurnBarriers, kC.num_warps);
-      Storage::Scores::init(base + Storage::kScoreBarriers, kC.num_warps, kC.num_warps);
+      Storage::Scores::init(base + Storage::kScoreBarriers, kC.num_warps, kRoles ? 4 : kC.num_warps);
+      if constexpr (kRoles) {
+        Storage::Stages::init(base + Storage::kDoBarriers, kC.num_warps);
+        Storage::Scores::init(base + Storage::kWeightBarriers, 4, 4);
+      }
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -159,7 +169,7 @@ struct Bwd {
 
   // The copying warp. Its first lane does all that touches memory.
   static __forceinline__ void copy(const HopperBwdProblem& p, uint32 base) {
-    typename Storage::Stages rows(base + Storage::kRowBarriers);
+    typename Storage::Stages rows(base + Storage::kRowBarriers), do_rows(base + Storage::kDoBarriers);
     Ring<1> kv_ring(base + Storage::kKvBarriers);
     const bool first_lane = threadIdx.x == 0;
     auto copy_block = [&](const Block& block) {
@@ -181,22 +191,31 @@ struct Bwd {
       for (Steps step(p, block); step.exists(); step.advance()) {
         if (first_lane) {
           const int32 row = seq.q.begin + step.n * kC.block_q;
+          auto load_do = [&](uint32 barrier) {
+            load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, barrier,
+                                                          p.d_o_map, p.d_o, row, step.head);
+          };
+          if constexpr (kRoles) {
+            do_rows.wait_empty();
+            ptx::mbarrier_arrive_expect_tx(do_rows.full(), Storage::O::kBytes);
+            load_do(do_rows.full());
+          }
           rows.wait_empty();
-          ptx::mbarrier_arrive_expect_tx(
-              rows.full(), Storage::Q::kBytes + Storage::O::kBytes + Storage::kBiasBytes + Storage::kStatisticsBytes);
+          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + (kRoles ? 0 : Storage::O::kBytes) +
+                                                          Storage::kBiasBytes + Storage::kStatisticsBytes);
           ptx::bulk_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes,
                          statistics_of<kBatchAxes>(p, seq, step.head, step.n * kC.block_q), Storage::kStatisticsBytes,
                          rows.full());
           load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
                                                         p.q_map, p.q, row, step.head);
-          load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, rows.full(),
-                                                        p.d_o_map, p.d_o, row, step.head);
+          if constexpr (!kRoles) load_do(rows.full());
           if constexpr (kC.bias_tiled)
             load.template operator()<typename Storage::Bias>(Storage::kBias + rows.stage() * Storage::kBiasBytes,
                                                              rows.full(), p.bias_map, p.bias, row,
                                                              p.bias.head_stride ? step.head : 0, block.kv_row);
         }
         rows.advance();
+        do_rows.advance();
       }
     };
     visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
@@ -230,18 +249,26 @@ struct Bwd {
 
   // A computing warp's places.
   struct Rings {
-    typename Storage::Stages rows;
+    typename Storage::Stages rows, do_rows;
     Ring<1> kv_ring, turns;
     typename Storage::Scores scores;      // dS^T of this step
     typename Storage::Scores due_scores;  // of the step before, whose dQ is due; at first a buffer that nobody wrote
+    typename Storage::Scores weights;
 
     __forceinline__ explicit Rings(uint32 base)
         : rows(base + Storage::kRowBarriers),
+          do_rows(base + Storage::kDoBarriers),
           kv_ring(base + Storage::kKvBarriers),
           turns(base + Storage::kTurnBarriers),
           scores(base + Storage::kScoreBarriers),
-          due_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1) {}
+          due_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1),
+          weights(base + Storage::kWeightBarriers) {}
   };
+
+  static __forceinline__ void release(auto& ring) {
+    if (threadIdx.x % 32 == 0) ring.release();
+    ring.advance();
+  }
 
   // A warp that computes.
   static __forceinline__ void compute(const HopperBwdProblem& p, char* shared, uint32 base) {
@@ -255,50 +282,134 @@ struct Bwd {
 
   static __forceinline__ void compute_block(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
                                             int32 warpgroup, Rings& rings) {
-    auto& [rows, kv_ring, turns, scores, due_scores] = rings;
-    const Sequence& seq = block.seq;
-    const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
-    const int32 warp_in_group = thread % 128 / 32;
-    const int32 kv_row = block.kv_row, keys = block.keys;
-    // Places of the warpgroup in S^T, of the warp among its keys, and of the warpgroup in dK, dV and dQ.
-    const int32 key_row = kD == 1 ? 64 * warpgroup : 0, query_col = kD == 2 ? kQueries * warpgroup : 0;
-    const int32 warp_key = key_row + 16 * warp_in_group;
-    const int32 dk_col = kD == 2 ? kC.head_dim / 2 * warpgroup : 0,
-                dv_col = kD == 2 ? kC.head_dim_v / 2 * warpgroup : 0;
-    const int32 dq_row = kDqShares == 1 ? 64 * warpgroup : 0;
-    const int32 dq_col = kDqShares == 2 ? (kC.head_dim - kDqCols) * warpgroup : 0;
-    // Columns of the second warpgroup that are the first one's too.
-    constexpr int32 kSharedCols = kDqShares * kDqCols - kC.head_dim;
-
-    auto target = [&](const View& view) {
-      return address_of<uint16, kBatchAxes>(p, view, seq.batch, block.kv_head, seq.kv.begin + kv_row);
-    };
-    const int32 slot_rows = min_of(kC.block_kv, seq.kv.size - kv_row);  // that must be written
+    const int32 thread = int32(threadIdx.x) - 128, keys = max_of(block.keys, 0);
+    const int32 slot_rows = min_of(kC.block_kv, block.seq.kv.size - block.kv_row);  // that must be written
     if (keys < slot_rows) {
-      store_zeros<kComputingThreads>(thread, target(p.dk), p.dk.row_stride, max_of(keys, 0), slot_rows,
+      store_zeros<kComputingThreads>(thread, target(p, p.dk, block), p.dk.row_stride, keys, slot_rows,
                                      int32(p.head_dim));
-      store_zeros<kComputingThreads>(thread, target(p.dv), p.dv.row_stride, max_of(keys, 0), slot_rows,
+      store_zeros<kComputingThreads>(thread, target(p, p.dv, block), p.dv.row_stride, keys, slot_rows,
                                      int32(p.head_dim_v));
     }
-    if (keys <= 0) return;
+    if (keys == 0) return;
+    if constexpr (!kRoles)
+      compute_keys(p, shared, base, block, warpgroup, rings);
+    else if (warpgroup == 0)
+      compute_role<Role::kWeights>(p, shared, base, block, rings);
+    else
+      compute_role<Role::kScores>(p, shared, base, block, rings);
+  }
 
-    Accumulator<16, kC.head_dim / kD> dk_sum;
-    Accumulator<16, kC.head_dim_v / kD> dv_sum;
+  // The block's first row of dk or dv.
+  static __forceinline__ uint16* target(const HopperBwdProblem& p, const View& view, const Block& block) {
+    return address_of<uint16, kBatchAxes>(p, view, block.seq.batch, block.kv_head, block.seq.kv.begin + block.kv_row);
+  }
+
+  static __forceinline__ void store_dk(const HopperBwdProblem& p, const Block& block, const auto& dk, int32 warp_key) {
+    store_rows<kDType>(dk, target(p, p.dk, block), p.dk.row_stride, warp_key, block.keys, int32(p.head_dim),
+                       [&](int32) { return p.options.scale; });
+  }
+
+  static __forceinline__ void store_dv(const HopperBwdProblem& p, const Block& block, const auto& dv, int32 warp_key) {
+    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
+    store_rows<kDType>(dv, target(p, p.dv, block), p.dv.row_stride, warp_key, block.keys, int32(p.head_dim_v),
+                       [&](int32) { return dropout_scale; });
+  }
+
+  // A warpgroup's part of dQ = dS K, done a step late, and its addition to what other thread blocks have found.
+  class LateDq {
+   public:
+    using Sum = Accumulator<16, kDqCols>;
+
+    __forceinline__ LateDq(const HopperBwdProblem& p, uint32 base, const Block& block, int32 warpgroup, Rings& rings)
+        : p_(p),
+          base_(base),
+          block_(block),
+          rings_(rings),
+          row_(kDqShares == 1 ? 64 * warpgroup : 0),
+          col_(kDqShares == 2 ? (kC.head_dim - kDqCols) * warpgroup : 0),
+          skipped_cols_((kDqShares * kDqCols - kC.head_dim) * warpgroup),
+          accum_(uniform(accum_block_of<kBatchAxes>(p, block.seq, 0, 0))) {}
+
+    // Issues that of the step before, once everyone's dS^T is there. In the first step it is a product of anything, as
+    // around a branch the compiler would wait for every one.
+    __forceinline__ void issue(Sum& dq) {
+      rings_.due_scores.wait_full();
+      const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
+      issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<typename Storage::S>(tile, row_),
+                                             ColsOperand<typename Storage::K>(base_ + Storage::kK, col_));
+    }
+    // When it is done. Then that of the step at hand is due.
+    __forceinline__ void add(const Sum& dq, int32 head, int32 q_row) {
+      if (head_ >= 0) add_due(dq);
+      rings_.due_scores.advance();
+      head_ = head, q_row_ = q_row;
+    }
+    // Behind the last step.
+    __forceinline__ void finish() {
+      if (head_ < 0) return;
+      Sum dq;
+      issue(dq);
+      wait_gemm<0>(dq);
+      add_due(dq);
+    }
+
+   private:
+    __forceinline__ void add_due(const Sum& dq) {
+      const int32 lane = threadIdx.x % 32;
+      if constexpr (kRoles) {
+        if (lane == 0) rings_.due_scores.release();
+      }
+      if constexpr (kC.deterministic) rings_.turns.wait_full();
+      const int32 row = q_row_ + row_;
+      add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, head_, row), dq, row,
+                       16 * (int32(threadIdx.x) % 128 / 32), col_, skipped_cols_);
+      if constexpr (kC.deterministic) {
+        __syncwarp();  // all lanes have added
+        release(rings_.turns);
+      }
+    }
+
+    const HopperBwdProblem& p_;
+    uint32 base_;
+    const Block& block_;
+    Rings& rings_;
+    int32 row_, col_;
+    int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
+    float* accum_;
+    int32 head_ = -1, q_row_ = 0;  // of the step whose dQ is due, if one is
+  };
+
+  // The lse, or with kDeltaBehindLse the delta, of a thread's pair of queries in n-tile `i` of a stage.
+  static __forceinline__ float2 pair_of(const char* shared, int32 stage, int32 offset, int32 i) {
+    const int32 first = Storage::kStatistics + stage * Storage::kStatisticsBytes + threadIdx.x % 4 * 8;
+    return *reinterpret_cast<const float2*>(shared + first + statistics_offset(8 * i) + offset);
+  }
+
+  static __forceinline__ auto bias_tile(uint32 base, int32 stage, int32 warp_key) {
+    if constexpr (kC.bias_tiled)
+      return ColsOfA<typename Storage::Bias>{{base, Storage::kBias + stage * Storage::kBiasBytes, 0, warp_key}};
+    else
+      return NoBiasTile{};
+  }
+
+  // A warpgroup with keys of its own.
+  static __forceinline__ void compute_keys(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
+                                           int32 warpgroup, Rings& rings) {
+    using K = typename Storage::K;
+    using V = typename Storage::V;
+    using Q = typename Storage::Q;
+    using O = typename Storage::O;
+    using S = typename Storage::S;
+    auto& [rows, do_rows, kv_ring, turns, scores, due_scores, weights] = rings;
+    const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
+    const int32 key_row = 64 * warpgroup, warp_key = key_row + thread % 128 / 32 * 16;
+    Accumulator<16, kC.head_dim> dk_sum;
+    Accumulator<16, kC.head_dim_v> dv_sum;
     dk_sum.clear();
     dv_sum.clear();
     if (!block.is_empty()) {
-      auto release = [&](auto& ring) {
-        if (lane == 0) ring.release();
-        ring.advance();
-      };
       kv_ring.wait_full();
-      hide_keys_behind(p, seq, base, kv_row, keys, thread);
-
-      using K = typename Storage::K;
-      using V = typename Storage::V;
-      using Q = typename Storage::Q;
-      using O = typename Storage::O;
-      using S = typename Storage::S;
+      hide_keys_behind(p, base, block, thread);
       uint32 k_rows[1][kC.head_dim / 16][4], v_rows[1][kC.head_dim_v / 16][4];
       if constexpr (kKvInRegisters) {
         const RowsOfA<K> k{{base, Storage::kK, warp_key}};
@@ -308,136 +419,180 @@ struct Bwd {
 #pragma unroll
         for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
       }
-      // dQ = dS K, from a buffer once it has everyone's dS^T, and its addition to what other thread blocks have found.
-      using Dq = Accumulator<16, kDqCols>;
-      auto issue_dq = [&](Dq& dq, const typename Storage::Scores& buffer) {
-        buffer.wait_full();
-        const uint32 tile = base + Storage::kDs + buffer.stage() * S::kBytes;
-        issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<S>(tile, dq_row),
-                                               ColsOperand<K>(base + Storage::kK, dq_col));
-      };
-      float* accum = uniform(accum_block_of<kBatchAxes>(p, seq, 0, 0));
-      auto add_dq = [&](const Dq& dq, int32 head, int32 q_row) {
-        if constexpr (kC.deterministic) turns.wait_full();
-        const int32 row = q_row + dq_row;
-        add_to_dq<kC, 1>(p, seq, accum_block_behind(p, accum, head, row), dq, row, 16 * warp_in_group, dq_col,
-                         kSharedCols * warpgroup);
-        if constexpr (kC.deterministic) {
-          __syncwarp();  // all lanes have added
-          release(turns);
-        }
-      };
-      // With warps_d = 1, the step whose dQ is due: its head, or -1 if there is none, and its queries.
-      int32 due_head = -1, due_row = 0;
+      LateDq late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const int32 head = step.head, q_row = step.n * kC.block_q;
-        const ScoreInputs<kC> in(p, seq, head);
-        const bool is_full = step.is_full(), masked = kDataMasks<kC> || !is_full;
-        const int32 key = kv_row + warp_key, query = q_row + query_col;
+        const ScoreInputs<kC> in(p, block.seq, head);
+        const bool is_full = step.is_full();
         const int32 stage = rows.stage();
         const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
         const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
-        const int32 statistics =
-            Storage::kStatistics + stage * Storage::kStatisticsBytes + statistics_offset(query_col) + lane % 4 * 8;
-        auto pair_of = [&](int32 offset, int32 i) {
-          return *reinterpret_cast<const float2*>(shared + statistics + statistics_offset(8 * i) + offset);
-        };
-        Accumulator<16, kQueries> s, ds;
-        uint32 probs[1][kQueries / 16][4], dscores[1][kQueries / 16][4];
-        Dq dq;
+        Accumulator<16, kC.block_q> s, ds;
+        uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
+        typename LateDq::Sum dq;
         rows.wait_full();
-        if (masked) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
+        if (kDataMasks<kC> || !is_full) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
         if constexpr (kKvInRegisters) {
-          issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(q_tile, query_col));
-          issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(do_tile, query_col));
+          issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(q_tile));
+          issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(do_tile));
         } else {
           issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
-                                                 RowsOperand<Q>(q_tile, query_col));
+                                                 RowsOperand<Q>(q_tile));
           issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
-                                                   RowsOperand<O>(do_tile, query_col));
+                                                   RowsOperand<O>(do_tile));
         }
-        TileGradient<kC, 16, kQueries> gradient;
+        TileGradient<kC, 16, kC.block_q> gradient;
         wait_gemm<1>(s);
-        auto bias_tile = [&] {
-          if constexpr (kC.bias_tiled)
-            return ColsOfA<typename Storage::Bias>{
-                {base, Storage::kBias + stage * Storage::kBiasBytes, query_col, warp_key}};
-          else
-            return NoBiasTile{};
-        };
-        gradient.weights(s, p, in, !is_full, key, query, bias_tile(), [&](int32 i) { return pair_of(0, i); });
-        const int32 ds_tile = Storage::kDs + scores.stage() * S::kBytes;
-        [[maybe_unused]] const int32 p_tile = Storage::kP + scores.stage() * S::kBytes;
+        gradient.weights(s, p, in, !is_full, block.kv_row + warp_key, q_row, bias_tile(base, stage, warp_key),
+                         [&](int32 i) { return pair_of(shared, stage, 0, i); });
+        const TileWriter<S> ds_tile(base, Storage::kDs + scores.stage() * S::kBytes, warp_key);
         auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
-          Accumulator<16, kQueries> kept = s;
+          Accumulator<16, kC.block_q> kept = s;
           gradient.template drop<kFrom, kTo>(kept);
           pack<kDType, kFrom, kTo>(probs, kept);
-          if constexpr (kD == 1) {
-            issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(do_tile));
-            if constexpr (kFrom == 0) wait_gemm<1>(ds);
-          } else {
-            TileWriter<S>(base, p_tile, warp_key, query_col).store(probs);
-            wait_gemm<0>(ds);
-          }
-          gradient.template scores<kFrom, kTo>(ds, s, p, [&](int32 i) { return pair_of(kDeltaBehindLse, i); });
+          issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(do_tile));
+          if constexpr (kFrom == 0) wait_gemm<1>(ds);
+          gradient.template scores<kFrom, kTo>(ds, s, p,
+                                               [&](int32 i) { return pair_of(shared, stage, kDeltaBehindLse, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
-          TileWriter<S>(base, ds_tile, warp_key, query_col).template store<kFrom, kTo>(dscores);
+          ds_tile.template store<kFrom, kTo>(dscores);
         };
-        if constexpr (kD == 1) {
-          // One half behind the other takes fewer registers.
-          finish.template operator()<0, kQueries / 2>();
-          finish.template operator()<kQueries / 2, kQueries>();
-        } else {
-          finish.template operator()<0, kQueries>();
-        }
+        // One half behind the other takes fewer registers.
+        finish.template operator()<0, kC.block_q / 2>();
+        finish.template operator()<kC.block_q / 2, kC.block_q>();
         ptx::fence_proxy_async();
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(scores.full());
-        if constexpr (kD == 1) {
-          // In the first step a product of anything, as around a branch the compiler would wait for every one.
-          issue_dq(dq, due_scores);
-          due_scores.advance();
-          issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(q_tile));
-          wait_gemm<1>(dq);
-          if (due_head >= 0) add_dq(dq, due_head, due_row);
-          due_head = head, due_row = q_row;
-        } else {
-          issue_dq(dq, scores);
-          issue_gemm<kDType, kC.block_q, true>(dv_sum, RowsOperand<S>(base + p_tile), ColsOperand<O>(do_tile, dv_col));
-          issue_gemm<kDType, kC.block_q, true>(dk_sum, RowsOperand<S>(base + ds_tile), ColsOperand<Q>(q_tile, dk_col));
-          wait_gemm<2>(dq);
-          add_dq(dq, head, q_row);
-        }
         scores.advance();
+        late_dq.issue(dq);
+        issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(q_tile));
+        wait_gemm<1>(dq);
+        late_dq.add(dq, head, q_row);
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
       }
-      if constexpr (kD == 1) {
-        if (due_head >= 0) {
-          Dq dq;
-          issue_dq(dq, due_scores);
-          wait_gemm<0>(dq);
-          add_dq(dq, due_head, due_row);
-        }
-      }
+      late_dq.finish();
       release(kv_ring);
     }
-    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
-    store_rows<kDType>(dk_sum, target(p.dk) + dk_col, p.dk.row_stride, warp_key, keys, int32(p.head_dim) - dk_col,
-                       [&](int32) { return p.options.scale; });
-    store_rows<kDType>(dv_sum, target(p.dv) + dv_col, p.dv.row_stride, warp_key, keys, int32(p.head_dim_v) - dv_col,
-                       [&](int32) { return dropout_scale; });
+    store_dk(p, block, dk_sum, warp_key);
+    store_dv(p, block, dv_sum, warp_key);
+  }
+
+  // A warpgroup with a role, whose keys are the other one's too.
+  template <Role kRole>
+  static __forceinline__ void compute_role(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
+                                           Rings& rings) {
+    constexpr bool kOfWeights = kRole == Role::kWeights;
+    constexpr int32 kWarpgroup = kOfWeights ? 0 : 1;
+    using Q = typename Storage::Q;
+    using O = typename Storage::O;
+    using S = typename Storage::S;
+    auto& [rows, do_rows, kv_ring, turns, scores, due_scores, weights] = rings;
+    const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32, warp_key = thread % 128 / 32 * 16;
+    Accumulator<16, kOfWeights ? kC.head_dim_v : kC.head_dim> sum;  // dV or dK
+    sum.clear();
+    if (!block.is_empty()) {
+      kv_ring.wait_full();
+      hide_keys_behind(p, base, block, thread);
+      LateDq late_dq(p, base, block, kWarpgroup, rings);
+#pragma unroll 1
+      for (Steps step(p, block); step.exists(); step.advance()) {
+        const int32 head = step.head, q_row = step.n * kC.block_q;
+        const ScoreInputs<kC> in(p, block.seq, head);
+        const bool is_full = step.is_full();
+        const int32 stage = rows.stage();
+        const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
+        const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
+        // The thread's fragments of weights, which are the same thread's of the other warpgroup.
+        const int32 weights_place = Storage::kP + weights.stage() * S::kBytes + thread % 128 * 16;
+        constexpr int32 kFragmentsBytes = 128 * 16;
+        Accumulator<16, kC.block_q> s;  // S^T or dP^T
+        uint32 left[1][kC.block_q / 16][4];
+        typename LateDq::Sum dq;
+        TileGradient<kC, 16, kC.block_q> gradient;
+        rows.wait_full();
+        do_rows.wait_full();
+        if (kDataMasks<kC> || !is_full)
+          hide_rows_without_keys(shared, q_tile, do_tile, stage, kWarpgroup, thread % 128);
+        if constexpr (kOfWeights) {
+          issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<typename Storage::K>(base + Storage::kK),
+                                                 RowsOperand<Q>(q_tile));
+          wait_gemm<0>(s);
+          gradient.weights(s, p, in, !is_full, block.kv_row + warp_key, q_row, bias_tile(base, stage, warp_key),
+                           [&](int32 i) { return pair_of(shared, stage, 0, i); });
+          __syncwarp();  // all lanes have read
+          release(rows);
+          {
+            Accumulator<16, kC.block_q> factors = s;
+            gradient.slope(factors);
+            pack<kDType>(left, factors);
+          }
+          weights.wait_empty();
+#pragma unroll
+          for (int32 i = 0; i < kC.block_q / 16; ++i)
+            ptx::st_shared_x4(base + weights_place + i * kFragmentsBytes, left[0][i][0], left[0][i][1], left[0][i][2],
+                              left[0][i][3]);
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(weights.full());
+          weights.advance();
+          gradient.drop(s);
+          pack<kDType>(left, s);
+        } else {
+          issue_gemm<kDType, kC.head_dim_v, false>(s, RowsOperand<typename Storage::V>(base + Storage::kV),
+                                                   RowsOperand<O>(do_tile));
+          gradient.draw(p, in, block.kv_row + warp_key, q_row);
+          wait_gemm<0>(s);
+          release(do_rows);
+          weights.wait_full();
+#pragma unroll
+          for (int32 i = 0; i < kC.block_q / 16; ++i) {
+            const uint4 x = *reinterpret_cast<const uint4*>(shared + weights_place + i * kFragmentsBytes);
+            left[0][i][0] = x.x, left[0][i][1] = x.y, left[0][i][2] = x.z, left[0][i][3] = x.w;
+          }
+          __syncwarp();
+          release(weights);
+          Accumulator<16, kC.block_q> factors;
+          unpack<kDType>(factors, left);
+          gradient.capped_scores(s, factors, p, [&](int32 i) { return pair_of(shared, stage, kDeltaBehindLse, i); });
+          pack<kDType>(left, s);
+          scores.wait_empty();
+          TileWriter<S>(base, Storage::kDs + scores.stage() * S::kBytes, warp_key).store(left);
+          ptx::fence_proxy_async();
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(scores.full());
+          scores.advance();
+        }
+        late_dq.issue(dq);
+        if constexpr (kOfWeights)
+          issue_gemm<kDType, true>(sum, left, ColsOperand<O>(do_tile));
+        else
+          issue_gemm<kDType, true>(sum, left, ColsOperand<Q>(q_tile));
+        wait_gemm<1>(dq);
+        late_dq.add(dq, head, q_row);
+        wait_gemm<0>(sum);
+        if constexpr (kOfWeights)
+          release(do_rows);
+        else
+          release(rows);
+      }
+      late_dq.finish();
+      release(kv_ring);
+    }
+    if constexpr (kOfWeights)
+      store_dv(p, block, sum, warp_key);
+    else
+      store_dk(p, block, sum, warp_key);
   }
 
   // Zeros the rows of K and V that lie behind the keys in use: where dS is 0, NaN would make NaN of it. The copy engine
   // has done so behind the end of the tensor.
-  static __forceinline__ void hide_keys_behind(const HopperBwdProblem& p, const Sequence& seq, uint32 base,
-                                               int32 kv_row, int32 keys, int32 thread) {
-    if (keys == kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
-    zero_rows<typename Storage::K>(base + Storage::kK, keys, kC.block_kv, thread, kComputingThreads);
-    zero_rows<typename Storage::V>(base + Storage::kV, keys, kC.block_kv, thread, kComputingThreads);
+  static __forceinline__ void hide_keys_behind(const HopperBwdProblem& p, uint32 base, const Block& block,
+                                               int32 thread) {
+    if (block.keys == kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
+    zero_rows<typename Storage::K>(base + Storage::kK, block.keys, kC.block_kv, thread, kComputingThreads);
+    zero_rows<typename Storage::V>(base + Storage::kV, block.keys, kC.block_kv, thread, kComputingThreads);
     ptx::fence_proxy_async();
     __syncwarp();
     ptx::barrier_sync(kComputing, kComputingThreads);

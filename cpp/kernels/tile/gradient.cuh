@@ -16,10 +16,7 @@ class TileGradient {
   template <class BiasReader, class Lse>
   __forceinline__ void weights(Accumulator<kM, kN>& s, const Problem& p, const ScoreInputs<kC>& in, bool masked,
                                int32 key, int32 query, const BiasReader& bias, Lse lse) {
-    if constexpr (kC.dropout)
-      for_each_dropout_bit<true, kM, kN>(
-          in.dropout, p.options.keep_threshold, key, query,
-          [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
+    draw(p, in, key, query);
     [[maybe_unused]] float even = 0.0f;
     auto on_cap = [&](int32 m, int32 n, int32 e, float y) {
       if constexpr (kC.softcap) {
@@ -43,6 +40,14 @@ class TileGradient {
 #pragma unroll
         for (int32 e = 0; e < 4; ++e) s.x[m][n][e] = ptx::ex2_approx(s.x[m][n][e] * factor - base[e % 2]);
     }
+  }
+
+  // Draws what dropout keeps: in place of weights() where another warpgroup computes those.
+  __forceinline__ void draw(const Problem& p, const ScoreInputs<kC>& in, int32 key, int32 query) {
+    if constexpr (kC.dropout)
+      for_each_dropout_bit<true, kM, kN>(
+          in.dropout, p.options.keep_threshold, key, query,
+          [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
   }
 
   // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias. delta(n) is like lse(n).
@@ -70,6 +75,12 @@ class TileGradient {
   __forceinline__ void scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
                               Delta delta) const {
     capped_scores<kFrom, kTo>(ds, weights, p, delta);
+    slope<kFrom, kTo>(ds);
+  }
+
+  // What behind the soft cap is a gradient, or is to become a factor of one, becomes that in front of it.
+  template <int32 kFrom = 0, int32 kTo = kN>
+  __forceinline__ void slope(Accumulator<kM, kN>& x) const {
     if constexpr (kC.softcap) {
 #pragma unroll
       for (int32 m = 0; m < kM / 16; ++m)
@@ -77,7 +88,7 @@ class TileGradient {
         for (int32 n = kFrom / 8; n < kTo / 8; ++n)
 #pragma unroll
           for (int32 e = 0; e < 4; ++e)
-            ds.x[m][n][e] *= ptx::unpack<DType::kF16>(uint16(cap_slope_[m][n][e / 2] >> (16 * (e % 2))));
+            x.x[m][n][e] *= ptx::unpack<DType::kF16>(uint16(cap_slope_[m][n][e / 2] >> (16 * (e % 2))));
     }
   }
 
