@@ -126,9 +126,10 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
   return 65536 / num_threads(c) / 8 * 8;
 }
 
-// Hopper's backward: buffers of dS, which is read a step late. With keys of their own no barrier tells warpgroups that
-// one is free: who writes dS of step j has waited until all had written that of step j - 2, and so were done with step
-// j - 3, which read j - 4. With roles there are as many more for the weights that one warpgroup hands to the other.
+// Hopper's backward: buffers of dS, which is read a step late. No barrier says that one is free. With keys of its own,
+// a warpgroup that writes dS of step j has waited until both had written that of step j - 2, and so were done with step
+// j - 3, which read j - 4. With roles, it has waited for the other one's weights of step j, which is then done with
+// step j - 1, which read j - 2. There are as many more buffers for these weights.
 static constexpr int32 score_buffers(const KernelConfig& c) {
   return has_roles(c) ? 2 : 4;
 }

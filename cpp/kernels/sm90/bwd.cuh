@@ -355,10 +355,6 @@ struct Bwd {
 
    private:
     __forceinline__ void add_due(const Sum& dq) {
-      const int32 lane = threadIdx.x % 32;
-      if constexpr (kRoles) {
-        if (lane == 0) rings_.due_scores.release();
-      }
       if constexpr (kC.deterministic) rings_.turns.wait_full();
       const int32 row = q_row_ + row_;
       add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, head_, row), dq, row,
@@ -557,7 +553,6 @@ struct Bwd {
           unpack<kDType>(factors, left);
           gradient.capped_scores(s, factors, p, [&](int32 i) { return pair_of(shared, stage, kDeltaBehindLse, i); });
           pack<kDType>(left, s);
-          scores.wait_empty();
           TileWriter<S>(base, Storage::kDs + scores.stage() * S::kBytes, warp_key).store(left);
           ptx::fence_proxy_async();
           __syncwarp();
