@@ -158,6 +158,11 @@ HOPPER_CASES += [Case("sm_90a", FORWARD, *dims, "large blocks", family=HOPPER) f
 # Blocks of keys of which a bias has no tiles, though there would be room; and warpgroups with roles.
 HOPPER_CASES += [Case("sm_90a", FORWARD, 256, 128, "bias", family=HOPPER)]
 HOPPER_CASES += [Case("sm_90a", BACKWARD, 192, 192, "bias", family=HOPPER)]
+HOPPER_CASES += [
+    Case("sm_90a", BACKWARD, 256, 256, feature, family=HOPPER)
+    for feature in ("softcap", "segments", "dropout", "deterministic", "all")
+]
+HOPPER_CASES += [Case("sm_90a", BACKWARD, *dims, None, F16, HOPPER) for dims in ((32, 256), (256, 32), (96, 192))]
 # The gradient of a bias whose tiles may be copied.
 HOPPER_CASES += [Case("sm_90a", DBIAS, *dims, family=HOPPER) for dims in ((32, 32), (64, 64), (96, 40), (128, 128))]
 HOPPER_CASES += [

@@ -316,6 +316,21 @@ def test_large_blocks(rng, emulated, case):
     check_dense(rng, emulated, LARGE_BLOCKS[case], HOPPER, large_blocks=True)
 
 
+# The backward of large head dims, whose warpgroups have roles.
+ROLES = {
+    "everything": {**CASES["everything"], "H": 200, "D": 32, "dtype": F16},
+    "192 bias, cap": {"H": 192, "logits_soft_cap": 3.0, "bias": normal(2, 4, 150, 200, dtype=BF16), **BOTTOM},
+    "192 segments apart": {"H": 192, **CASES["segments apart"]},
+    "96, 192 lengths": {"H": 96, "D": 192, **LENGTHS, **TOP},
+    "32, 256 dropout": {"H": 32, "D": 256, "dtype": F16, **DROPOUT},
+}
+
+
+@pytest.mark.parametrize("case", ROLES)
+def test_roles(rng, emulated, case):
+    check_dense(rng, emulated, ROLES[case], HOPPER)
+
+
 @pytest.mark.parametrize("family", [PORTABLE, HOPPER])
 def test_scores_below_zero_that_rise(rng, emulated, family):
     """Each block of keys, from the last to the first, has a greater maximum, and all of them are far below 0."""
@@ -478,7 +493,8 @@ FAMILIES = pytest.mark.parametrize("family", [PORTABLE, HOPPER], ids=["portable"
 @pytest.mark.parametrize(
     "option, dim, family",
     [(option, *kernels) for kernels in ((64, PORTABLE), (128, HOPPER)) for option in PACKED]
-    + [("deterministic", 64, HOPPER)],  # blocks of 128 queries backwards
+    # Blocks of 128 queries backwards, and warpgroups with roles.
+    + [("deterministic", 64, HOPPER), ("causal", 192, HOPPER)],
 )
 def test_packed(rng, emulated, option, dim, family):
     """Sequences without queries, without keys, and rows in front of the first and behind the last."""

@@ -126,10 +126,10 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
   return 65536 / num_threads(c) / 8 * 8;
 }
 
-// Hopper's backward: buffers of dS, which is read a step late. No barrier says that one is free. With keys of its own,
-// a warpgroup that writes dS of step j has waited until both had written that of step j - 2, and so were done with step
-// j - 3, which read j - 4. With roles, it has waited for the other one's weights of step j, which is then done with
-// step j - 1, which read j - 2. There are as many more buffers for these weights.
+// Hopper's backward: buffers of dS, which is read a step late. With keys of its own, a warpgroup that writes that of
+// step j has waited until both had written that of step j - 2, and so were done with step j - 3, which read j - 4:
+// hence no barrier says that a buffer is free. With roles one does, and there are as many more buffers for weights that
+// one warpgroup hands to the other.
 static constexpr int32 score_buffers(const KernelConfig& c) {
   return has_roles(c) ? 2 : 4;
 }
@@ -161,7 +161,8 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
     if (c.direction == Direction::kFwd) return hopper_fwd_bytes(c, q_buffers(c));
     if (c.direction == Direction::kDbias)
       return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
-    return k + v + c.num_stages * (q + o + statistics + bias) + 4 * scores + kBarrierBytes;
+    return k + v + c.num_stages * (q + o + statistics + bias) + (has_roles(c) ? 2 : 1) * score_buffers(c) * scores +
+           kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;
   if (c.direction == Direction::kDbias) {

@@ -43,7 +43,7 @@ struct BwdStorage {
   static constexpr int32 kBias = kP + (has_roles(kC) ? score_buffers(kC) * S::kBytes : 0);
   static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
   static constexpr int32 kStatistics = kBias + kC.num_stages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
-  // Of all that has stages, but with roles for dO, which is free earlier.
+  // Of all that has stages; with roles dO, which is free earlier, has its own.
   static constexpr int32 kRowBarriers = kStatistics + kC.num_stages * kStatisticsBytes;
   static constexpr int32 kDoBarriers = kRowBarriers + Stages::kBytes;
   static constexpr int32 kKvBarriers = kDoBarriers + Stages::kBytes;
@@ -72,7 +72,7 @@ struct Bwd {
   // read half as much, bounds small head dims.
   static constexpr bool kKvInRegisters = kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 64;
   // Registers per thread of the copying warpgroup and of the others.
-  static constexpr bool kIsTight = kC.head_dim > 64 || kC.block_q > 64;
+  static constexpr bool kIsTight = max_of(kC.head_dim, kC.head_dim_v) > 64 || kC.block_q > 64;
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
   static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
                 registers_at_start(kC) * num_threads(kC));
@@ -137,10 +137,11 @@ struct Bwd {
       Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
       Ring<1>::init(base + Storage::kTurnBarriers, kC.num_warps);
-      Storage::Scores::init(base + Storage::kScoreBarriers, kC.num_warps, kRoles ? 4 : kC.num_warps);
+      constexpr int32 kWarpsOfRole = kC.num_warps / 2;
+      Storage::Scores::init(base + Storage::kScoreBarriers, kC.num_warps, kRoles ? kWarpsOfRole : kC.num_warps);
       if constexpr (kRoles) {
         Storage::Stages::init(base + Storage::kDoBarriers, kC.num_warps);
-        Storage::Scores::init(base + Storage::kWeightBarriers, 4, 4);
+        Storage::Scores::init(base + Storage::kWeightBarriers, kWarpsOfRole, kWarpsOfRole);
       }
       ptx::fence_mbarrier_init();
     }
@@ -355,6 +356,7 @@ struct Bwd {
 
    private:
     __forceinline__ void add_due(const Sum& dq) {
+      if (kRoles && threadIdx.x % 32 == 0) rings_.due_scores.release();
       if constexpr (kC.deterministic) rings_.turns.wait_full();
       const int32 row = q_row_ + row_;
       add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, head_, row), dq, row,
@@ -396,7 +398,8 @@ struct Bwd {
     using Q = typename Storage::Q;
     using O = typename Storage::O;
     using S = typename Storage::S;
-    auto& [rows, do_rows, kv_ring, turns, scores, due_scores, weights] = rings;
+    auto& rows = rings.rows;
+    auto& scores = rings.scores;
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
     const int32 key_row = 64 * warpgroup, warp_key = key_row + thread % 128 / 32 * 16;
     Accumulator<16, kC.head_dim> dk_sum;
@@ -404,7 +407,7 @@ struct Bwd {
     dk_sum.clear();
     dv_sum.clear();
     if (!block.is_empty()) {
-      kv_ring.wait_full();
+      rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, thread);
       uint32 k_rows[1][kC.head_dim / 16][4], v_rows[1][kC.head_dim_v / 16][4];
       if constexpr (kKvInRegisters) {
@@ -470,7 +473,7 @@ struct Bwd {
         release(rows);
       }
       late_dq.finish();
-      release(kv_ring);
+      release(rings.kv_ring);
     }
     store_dk(p, block, dk_sum, warp_key);
     store_dv(p, block, dv_sum, warp_key);
@@ -485,12 +488,13 @@ struct Bwd {
     using Q = typename Storage::Q;
     using O = typename Storage::O;
     using S = typename Storage::S;
-    auto& [rows, do_rows, kv_ring, turns, scores, due_scores, weights] = rings;
+    auto &rows = rings.rows, &do_rows = rings.do_rows;
+    auto &scores = rings.scores, &weights = rings.weights;
     const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32, warp_key = thread % 128 / 32 * 16;
     Accumulator<16, kOfWeights ? kC.head_dim_v : kC.head_dim> sum;  // dV or dK
     sum.clear();
     if (!block.is_empty()) {
-      kv_ring.wait_full();
+      rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, thread);
       LateDq late_dq(p, base, block, kWarpgroup, rings);
 #pragma unroll 1
@@ -553,6 +557,7 @@ struct Bwd {
           unpack<kDType>(factors, left);
           gradient.capped_scores(s, factors, p, [&](int32 i) { return pair_of(shared, stage, kDeltaBehindLse, i); });
           pack<kDType>(left, s);
+          scores.wait_empty();
           TileWriter<S>(base, Storage::kDs + scores.stage() * S::kBytes, warp_key).store(left);
           ptx::fence_proxy_async();
           __syncwarp();
@@ -573,7 +578,7 @@ struct Bwd {
           release(rows);
       }
       late_dq.finish();
-      release(kv_ring);
+      release(rings.kv_ring);
     }
     if constexpr (kOfWeights)
       store_dv(p, block, sum, warp_key);

@@ -50,7 +50,8 @@ class TileGradient {
           [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
   }
 
-  // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias. delta(n) is like lse(n).
+  // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias; if the slope() of weights
+  // is given in their place, that of the raw products, without the scale. delta(n) is like lse(n).
   template <int32 kFrom = 0, int32 kTo = kN, class Delta>
   __forceinline__ void capped_scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
                                      Delta delta) const {
@@ -78,7 +79,7 @@ class TileGradient {
     slope<kFrom, kTo>(ds);
   }
 
-  // What behind the soft cap is a gradient, or is to become a factor of one, becomes that in front of it.
+  // Multiplies by the slope of the soft cap: a gradient behind it, or the weights that are to be its factor.
   template <int32 kFrom = 0, int32 kTo = kN>
   __forceinline__ void slope(Accumulator<kM, kN>& x) const {
     if constexpr (kC.softcap) {

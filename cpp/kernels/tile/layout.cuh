@@ -162,18 +162,6 @@ __forceinline__ void gemm(Accumulator<kM, kN>& c, const A& a_operand, const B& b
     }
 }
 
-// The other way.
-template <DType kDType, int32 kM, int32 kN>
-__forceinline__ void unpack(Accumulator<kM, kN>& c, const uint32 (&a)[kM / 16][kN / 16][4]) {
-#pragma unroll
-  for (int32 m = 0; m < kM / 16; ++m)
-#pragma unroll
-    for (int32 n = 0; n < kN / 8; ++n)
-#pragma unroll
-      for (int32 e = 0; e < 4; ++e)
-        c.x[m][n][e] = ptx::unpack<kDType>(uint16(a[m][n / 2][n % 2 * 2 + e / 2] >> (16 * (e % 2))));
-}
-
 inline constexpr int32 kToEnd = 1 << 30;  // as the end of a range of columns
 
 // An accumulator of [kM, kN] as the A operand of the next product, or of it the columns [kFrom, kTo).
@@ -190,6 +178,18 @@ __forceinline__ void pack(uint32 (&a)[kM / 16][kN / 16][4], const Accumulator<kM
       a[m][n][2] = ptx::pack<kDType>(right[0], right[1]);
       a[m][n][3] = ptx::pack<kDType>(right[2], right[3]);
     }
+}
+
+// The way back: fragments as pack() leaves them.
+template <DType kDType, int32 kM, int32 kN>
+__forceinline__ void unpack(Accumulator<kM, kN>& c, const uint32 (&a)[kM / 16][kN / 16][4]) {
+#pragma unroll
+  for (int32 m = 0; m < kM / 16; ++m)
+#pragma unroll
+    for (int32 n = 0; n < kN / 8; ++n)
+#pragma unroll
+      for (int32 e = 0; e < 4; ++e)
+        c.x[m][n][e] = ptx::unpack<kDType>(uint16(a[m][n / 2][n % 2 * 2 + e / 2] >> (16 * (e % 2))));
 }
 
 // The writing counterpart of TileReader.
