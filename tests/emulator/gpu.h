@@ -26,7 +26,7 @@
 
 #include "tensor_boxes.h"
 
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 #define __global__
