@@ -266,8 +266,15 @@ struct Bwd {
           weights(base + Storage::kWeightBarriers) {}
   };
 
+  // What a warp says of a ring's next buffer: that it is done with it, where lanes that have read it have met, or that
+  // it has written its part.
   static __forceinline__ void release(auto& ring) {
     if (threadIdx.x % 32 == 0) ring.release();
+    ring.advance();
+  }
+  static __forceinline__ void fill(auto& ring) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.full());
     ring.advance();
   }
 
@@ -390,6 +397,22 @@ struct Bwd {
       return NoBiasTile{};
   }
 
+  // The queries of a step, and where they lie.
+  struct Queries {
+    int32 head, row;
+    bool all_seen;  // by the positional mask
+    int32 stage;
+    uint32 q_tile, do_tile;
+
+    __forceinline__ Queries(const Steps& step, uint32 base, int32 stage)
+        : head(step.head),
+          row(step.n * kC.block_q),
+          all_seen(step.is_full()),
+          stage(stage),
+          q_tile(base + Storage::kQ + stage * Storage::Q::kBytes),
+          do_tile(base + Storage::kDo + stage * Storage::O::kBytes) {}
+  };
+
   // A warpgroup with keys of its own.
   static __forceinline__ void compute_keys(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
                                            int32 warpgroup, Rings& rings) {
@@ -400,7 +423,7 @@ struct Bwd {
     using S = typename Storage::S;
     auto& rows = rings.rows;
     auto& scores = rings.scores;
-    const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32;
+    const int32 thread = int32(threadIdx.x) - 128;
     const int32 key_row = 64 * warpgroup, warp_key = key_row + thread % 128 / 32 * 16;
     Accumulator<16, kC.head_dim> dk_sum;
     Accumulator<16, kC.head_dim_v> dv_sum;
@@ -421,39 +444,36 @@ struct Bwd {
       LateDq late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
-        const int32 head = step.head, q_row = step.n * kC.block_q;
-        const ScoreInputs<kC> in(p, block.seq, head);
-        const bool is_full = step.is_full();
-        const int32 stage = rows.stage();
-        const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
-        const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
+        const Queries queries(step, base, rows.stage());
+        const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> s, ds;
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         typename LateDq::Sum dq;
         rows.wait_full();
-        if (kDataMasks<kC> || !is_full) hide_rows_without_keys(shared, q_tile, do_tile, stage, warpgroup, thread % 128);
+        hide_rows_without_keys(shared, queries, warpgroup, thread % 128);
         if constexpr (kKvInRegisters) {
-          issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(q_tile));
-          issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(do_tile));
+          issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(queries.q_tile));
+          issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(queries.do_tile));
         } else {
           issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
-                                                 RowsOperand<Q>(q_tile));
+                                                 RowsOperand<Q>(queries.q_tile));
           issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
-                                                   RowsOperand<O>(do_tile));
+                                                   RowsOperand<O>(queries.do_tile));
         }
         TileGradient<kC, 16, kC.block_q> gradient;
         wait_gemm<1>(s);
-        gradient.weights(s, p, in, !is_full, block.kv_row + warp_key, q_row, bias_tile(base, stage, warp_key),
-                         [&](int32 i) { return pair_of(shared, stage, 0, i); });
+        gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
+                         bias_tile(base, queries.stage, warp_key),
+                         [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
         const TileWriter<S> ds_tile(base, Storage::kDs + scores.stage() * S::kBytes, warp_key);
         auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
           Accumulator<16, kC.block_q> kept = s;
           gradient.template drop<kFrom, kTo>(kept);
           pack<kDType, kFrom, kTo>(probs, kept);
-          issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(do_tile));
+          issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
           if constexpr (kFrom == 0) wait_gemm<1>(ds);
-          gradient.template scores<kFrom, kTo>(ds, s, p,
-                                               [&](int32 i) { return pair_of(shared, stage, kDeltaBehindLse, i); });
+          gradient.template scores<kFrom, kTo>(
+              ds, s, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
           ds_tile.template store<kFrom, kTo>(dscores);
         };
@@ -461,13 +481,11 @@ struct Bwd {
         finish.template operator()<0, kC.block_q / 2>();
         finish.template operator()<kC.block_q / 2, kC.block_q>();
         ptx::fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(scores.full());
-        scores.advance();
+        fill(scores);
         late_dq.issue(dq);
-        issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(q_tile));
+        issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(queries.q_tile));
         wait_gemm<1>(dq);
-        late_dq.add(dq, head, q_row);
+        late_dq.add(dq, queries.head, queries.row);
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
@@ -490,7 +508,7 @@ struct Bwd {
     using S = typename Storage::S;
     auto &rows = rings.rows, &do_rows = rings.do_rows;
     auto &scores = rings.scores, &weights = rings.weights;
-    const int32 thread = int32(threadIdx.x) - 128, lane = threadIdx.x % 32, warp_key = thread % 128 / 32 * 16;
+    const int32 thread = int32(threadIdx.x) - 128, warp_key = thread % 128 / 32 * 16;
     Accumulator<16, kOfWeights ? kC.head_dim_v : kC.head_dim> sum;  // dV or dK
     sum.clear();
     if (!block.is_empty()) {
@@ -499,12 +517,8 @@ struct Bwd {
       LateDq late_dq(p, base, block, kWarpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
-        const int32 head = step.head, q_row = step.n * kC.block_q;
-        const ScoreInputs<kC> in(p, block.seq, head);
-        const bool is_full = step.is_full();
-        const int32 stage = rows.stage();
-        const uint32 q_tile = base + Storage::kQ + stage * Q::kBytes;
-        const uint32 do_tile = base + Storage::kDo + stage * O::kBytes;
+        const Queries queries(step, base, rows.stage());
+        const ScoreInputs<kC> in(p, block.seq, queries.head);
         // The thread's fragments of weights, which are the same thread's of the other warpgroup.
         const int32 weights_place = Storage::kP + weights.stage() * S::kBytes + thread % 128 * 16;
         constexpr int32 kFragmentsBytes = 128 * 16;
@@ -514,14 +528,14 @@ struct Bwd {
         TileGradient<kC, 16, kC.block_q> gradient;
         rows.wait_full();
         do_rows.wait_full();
-        if (kDataMasks<kC> || !is_full)
-          hide_rows_without_keys(shared, q_tile, do_tile, stage, kWarpgroup, thread % 128);
+        hide_rows_without_keys(shared, queries, kWarpgroup, thread % 128);
         if constexpr (kOfWeights) {
           issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<typename Storage::K>(base + Storage::kK),
-                                                 RowsOperand<Q>(q_tile));
+                                                 RowsOperand<Q>(queries.q_tile));
           wait_gemm<0>(s);
-          gradient.weights(s, p, in, !is_full, block.kv_row + warp_key, q_row, bias_tile(base, stage, warp_key),
-                           [&](int32 i) { return pair_of(shared, stage, 0, i); });
+          gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
+                           bias_tile(base, queries.stage, warp_key),
+                           [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
           __syncwarp();  // all lanes have read
           release(rows);
           {
@@ -534,15 +548,13 @@ struct Bwd {
           for (int32 i = 0; i < kC.block_q / 16; ++i)
             ptx::st_shared_x4(base + weights_place + i * kFragmentsBytes, left[0][i][0], left[0][i][1], left[0][i][2],
                               left[0][i][3]);
-          __syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(weights.full());
-          weights.advance();
+          fill(weights);
           gradient.drop(s);
           pack<kDType>(left, s);
         } else {
           issue_gemm<kDType, kC.head_dim_v, false>(s, RowsOperand<typename Storage::V>(base + Storage::kV),
-                                                   RowsOperand<O>(do_tile));
-          gradient.draw(p, in, block.kv_row + warp_key, q_row);
+                                                   RowsOperand<O>(queries.do_tile));
+          gradient.draw(p, in, block.kv_row + warp_key, queries.row);
           wait_gemm<0>(s);
           release(do_rows);
           weights.wait_full();
@@ -555,27 +567,23 @@ struct Bwd {
           release(weights);
           Accumulator<16, kC.block_q> factors;
           unpack<kDType>(factors, left);
-          gradient.capped_scores(s, factors, p, [&](int32 i) { return pair_of(shared, stage, kDeltaBehindLse, i); });
+          gradient.capped_scores(s, factors, p,
+                                 [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
           pack<kDType>(left, s);
           scores.wait_empty();
           TileWriter<S>(base, Storage::kDs + scores.stage() * S::kBytes, warp_key).store(left);
           ptx::fence_proxy_async();
-          __syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(scores.full());
-          scores.advance();
+          fill(scores);
         }
         late_dq.issue(dq);
         if constexpr (kOfWeights)
-          issue_gemm<kDType, true>(sum, left, ColsOperand<O>(do_tile));
+          issue_gemm<kDType, true>(sum, left, ColsOperand<O>(queries.do_tile));
         else
-          issue_gemm<kDType, true>(sum, left, ColsOperand<Q>(q_tile));
+          issue_gemm<kDType, true>(sum, left, ColsOperand<Q>(queries.q_tile));
         wait_gemm<1>(dq);
-        late_dq.add(dq, head, q_row);
+        late_dq.add(dq, queries.head, queries.row);
         wait_gemm<0>(sum);
-        if constexpr (kOfWeights)
-          release(do_rows);
-        else
-          release(rows);
+        release(kOfWeights ? do_rows : rows);
       }
       late_dq.finish();
       release(rings.kv_ring);
@@ -600,14 +608,16 @@ struct Bwd {
 
   // Zeros the rows of q and dO that see no key, or lie behind the sequence: they have no gradient, and what stands
   // there would be NaN also when multiplied by their weights of 0. Each warpgroup does it for itself.
-  static __forceinline__ void hide_rows_without_keys(const char* shared, uint32 q_tile, uint32 do_tile, int32 stage,
-                                                     int32 warpgroup, int32 thread) {
+  static __forceinline__ void hide_rows_without_keys(const char* shared, const Queries& queries, int32 warpgroup,
+                                                     int32 thread) {
+    if (!kDataMasks<kC> && queries.all_seen) return;
     constexpr int32 kThreadsPerRow = 128 / kC.block_q;
     const int32 row = thread / kThreadsPerRow;
-    const char* lse = shared + Storage::kStatistics + stage * Storage::kStatisticsBytes + statistics_offset(row);
+    const char* lse =
+        shared + Storage::kStatistics + queries.stage * Storage::kStatisticsBytes + statistics_offset(row);
     if (*reinterpret_cast<const float*>(lse) == kNoKey) {
-      zero_rows<typename Storage::Q>(q_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
-      zero_rows<typename Storage::O>(do_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
+      zero_rows<typename Storage::Q>(queries.q_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
+      zero_rows<typename Storage::O>(queries.do_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
       ptx::fence_proxy_async();
     }
     __syncwarp();
