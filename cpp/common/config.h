@@ -90,10 +90,18 @@ static constexpr void for_each_field(Config& c, Visit visit) {
 inline constexpr int32 kRowKernelThreads = 128;
 inline constexpr int32 kRowKernelRows = 128;
 
-// Hopper's backward: whether its two warpgroups share a block's keys, of which one computes S^T and dV, the other one
-// dP^T and dK. Otherwise each has 64 keys of its own.
-static constexpr bool has_roles(const KernelConfig& c) {
-  return c.block_kv == 64;
+// Hopper's backward of large head dims: a pair of thread blocks, which see each other's shared memory, has the same
+// keys. One of them computes S^T and dV, the other one dP^T and dK.
+static constexpr bool is_paired(Direction direction, Family family, int32 largest_head_dim) {
+  return direction == Direction::kBwd && family == Family::kSm90 && largest_head_dim > 128;
+}
+static constexpr bool is_paired(const KernelConfig& c) {
+  return is_paired(c.direction, c.family, max_of(c.head_dim, c.head_dim_v));
+}
+
+// Thread blocks of the main kernel that start together.
+static constexpr int32 cluster_size(const KernelConfig& c) {
+  return is_paired(c) ? 2 : 1;
 }
 
 // Tiles in shared memory are stored in panels so wide; where `shares` warpgroups each have their part of the columns,
@@ -102,17 +110,21 @@ static constexpr int32 panel_cols(int32 cols, int32 shares = 1) {
   return cols / shares % 64 == 0 ? 64 : 32;
 }
 
-// Hopper's backward: two warpgroups have 64 queries of dQ each, or the same 64 and half of the columns, in whole
-// panels. Of head dim 96 they both have the panel in the middle, of 32 the only one.
+// Hopper's backward: the columns of dQ of a thread block; and its two warpgroups have 64 queries of them each, or the
+// same 64 and half of the columns, in whole panels. Of three panels they both have the one in the middle, of one panel
+// both have that.
+static constexpr int32 block_columns_of_dq(const KernelConfig& c) {
+  return c.head_dim / cluster_size(c);
+}
 static constexpr int32 column_shares_of_dq(const KernelConfig& c) {
   return c.block_q == 64 ? 2 : 1;
 }
 static constexpr int32 columns_of_dq(const KernelConfig& c) {
-  return (c.head_dim / column_shares_of_dq(c) + 31) / 32 * 32;
+  return (block_columns_of_dq(c) / column_shares_of_dq(c) + 31) / 32 * 32;
 }
 // Panels of tiles with q's head dim, in all of Hopper's kernels: in the others nobody has a share.
 static constexpr int32 panel_cols_of_q(const KernelConfig& c) {
-  return panel_cols(c.head_dim, column_shares_of_dq(c));
+  return panel_cols(block_columns_of_dq(c), column_shares_of_dq(c));
 }
 
 // Threads of the main kernel.
@@ -126,12 +138,12 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
   return 65536 / num_threads(c) / 8 * 8;
 }
 
-// Hopper's backward: buffers of dS, which is read a step late. With keys of its own, a warpgroup that writes that of
-// step j has waited until both had written that of step j - 2, and so were done with step j - 3, which read j - 4:
-// hence no barrier says that a buffer is free. With roles one does, and there are as many more buffers for weights that
-// one warpgroup hands to the other.
+// Hopper's backward: buffers of dS, which is read a step late. In one thread block, a warpgroup that writes that of
+// step j has waited until both had written that of step j - 2, and so were done with step j - 3, which read j - 4's:
+// hence no barrier says that a buffer is free. In a pair one does, and there are as many buffers for weights that one
+// thread block hands to the other.
 static constexpr int32 score_buffers(const KernelConfig& c) {
-  return has_roles(c) ? 2 : 4;
+  return is_paired(c) ? 2 : 4;
 }
 
 // Barriers of Hopper's kernels, and what warps tell each other.
@@ -161,8 +173,11 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
     if (c.direction == Direction::kFwd) return hopper_fwd_bytes(c, q_buffers(c));
     if (c.direction == Direction::kDbias)
       return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
-    return k + v + c.num_stages * (q + o + statistics + bias) + (has_roles(c) ? 2 : 1) * score_buffers(c) * scores +
-           kBarrierBytes;
+    if (is_paired(c))
+      return max_of(k + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores,
+                    k / 2 + v + q + o + c.num_stages * statistics + 2 * score_buffers(c) * scores) +
+             kBarrierBytes;
+    return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;
   if (c.direction == Direction::kDbias) {

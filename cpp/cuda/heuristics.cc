@@ -93,10 +93,9 @@ Tiling fwd_tiling(const KernelConfig& c, int32 head_dim) {
 }
 
 // dK and dV of a warpgroup's 64 keys take all registers that S^T and dP^T of 64 queries leave, up to head dim 128.
-// Beyond, one warpgroup has dV of 64 keys and the other one dK. At head dim 64 there is room for 128 queries, if scores
-// need nothing else (cycles in millions, 4096 full: 4.45, with 64 queries 5.15).
+// Beyond, one thread block of a pair has dV and the other one dK. At head dim 64 there is room for 128 queries, if
+// scores need nothing else (cycles in millions, 4096 full: 4.45, with 64 queries 5.15).
 Tiling hopper_bwd_tiling(const KernelConfig& c, int32 head_dim) {
-  if (head_dim > 128) return {64, 64, 8, 1, 2, 1};
   return {head_dim <= 64 && is_plain(c) ? 128 : 64, 128, 8, 1, 2, 1};
 }
 
@@ -191,8 +190,10 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   const auto family = fields.find("family");
   const bool portable = family != fields.end() && Family(family->second) == Family::kSm80;
   if (is_for_hopper(c, arch) && !portable) c.family = Family::kSm90;
-  const Tiling t = tiling(c, max_of(facts.head_dim, facts.head_dim_v), arch);
-  const int32 unit = t.warps_d > 2 ? 64 : 32;  // each of warps_d warps has blocks of 16 columns
+  const int32 largest_head_dim = max_of(facts.head_dim, facts.head_dim_v);
+  const Tiling t = tiling(c, largest_head_dim, arch);
+  // Each of warps_d warps has blocks of 16 columns, and each thread block of a pair whole panels.
+  const int32 unit = t.warps_d > 2 || is_paired(c.direction, c.family, largest_head_dim) ? 64 : 32;
   c.head_dim = tiled_head_dim(facts.head_dim, unit);
   c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit);
   c.exact = c.head_dim == facts.head_dim && c.head_dim_v == facts.head_dim_v;

@@ -42,8 +42,9 @@ std::string name_of(Direction direction) {
 }
 
 std::string entry_point(const std::string& name, const std::string& bounds, const std::string& problem,
-                        const std::string& kernel) {
-  return "\nextern \"C\" __global__ void __launch_bounds__(" + bounds + ")\n" + name +
+                        const std::string& kernel, int32 cluster = 1) {
+  const std::string cluster_dims = cluster > 1 ? "__cluster_dims__(" + std::to_string(cluster) + ") " : "";
+  return "\nextern \"C\" __global__ void " + cluster_dims + "__launch_bounds__(" + bounds + ")\n" + name +
          "(const __grid_constant__ flash::" + problem + " p) {\n  flash::" + kernel + "<kConfig>(p);\n}\n";
 }
 
@@ -209,7 +210,7 @@ std::string source_of(const KernelConfig& config) {
   problem[0] = char(std::toupper(problem[0]));
   const std::string main =
       entry_point(names[main_entry(config.direction)], "flash::num_threads(kConfig), kConfig.min_blocks",
-                  (hopper ? "Hopper" : "") + problem, family + "::" + direction);
+                  (hopper ? "Hopper" : "") + problem, family + "::" + direction, cluster_size(config));
   if (!backward) return text + main;
   return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") + main +
          entry_point(names[2], "flash::kRowKernelThreads", "BwdProblem", "bwd_postprocess");

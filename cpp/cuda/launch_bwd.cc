@@ -13,7 +13,7 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
   HopperBwdProblem h = {p};
   encode_tensor_maps(h, c);
   h.order = unit_order(p, c);
-  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h, starts_early);
+  launch(kernel, blocks * cluster_size(c), num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
 
 }  // namespace

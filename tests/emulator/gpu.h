@@ -1,12 +1,12 @@
 // A GPU in plain C++, put in front of the kernels' sources so that g++ compiles them: CUDA's keywords and intrinsics,
-// and thread blocks that run one after the other on the CPU. ptx.h has the instructions.
+// and thread blocks that run on the CPU, one cluster after the other. ptx.h has the instructions.
 //
-// Threads are fibers. A warp runs until all of its lanes wait for a barrier, then the next warp does, so that whoever
-// relies on what another warp has not yet done finds poison. Shared memory starts as NaN, and so does the target of a
-// copy until it is waited for. What runs beside the threads happens as late as it may: a copy of the copy engine when
-// nobody can go on without it, products of a warpgroup when they are waited for, and until then their accumulators are
-// NaN. Every failure (a wild access, undefined behaviour, lanes that part) ends the launch with a sentence that names
-// the block and the thread.
+// Threads are fibers. A warp runs until all of its lanes wait for a barrier, then the next warp does, of any block of
+// the cluster, so that whoever relies on what another warp has not yet done finds poison. Shared memory starts as NaN,
+// and so does the target of a copy until it is waited for. What runs beside the threads happens as late as it may: a
+// copy of the copy engine when nobody can go on without it, products of a warpgroup when they are waited for, and until
+// then their accumulators are NaN. Every failure (a wild access, undefined behaviour, lanes that part) ends the launch
+// with a sentence that names the block and the thread.
 #pragma once
 
 #include <setjmp.h>
@@ -29,6 +29,7 @@
 #define __forceinline__ inline
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __global__
 #define __grid_constant__
 #define __shared__
@@ -45,11 +46,12 @@ struct alignas(16) uint4 {
 
 namespace emulator {
 
-constexpr unsigned kLanes = 32, kMaxThreads = 1024;
+constexpr unsigned kLanes = 32, kMaxThreads = 1024;  // of a cluster
 constexpr size_t kStackBytes = 1 << 18;
 constexpr int kPoison = 0xFF;            // NaN in every format
 constexpr unsigned kSharedBase = 1024;   // the address of shared memory, which starts with what the system reserves
 constexpr size_t kSharedMargin = 16384;  // poison behind a block's shared memory that must stay so
+constexpr size_t kSharedCapacity = (1 << 18) + kSharedMargin;  // from one block of a cluster to the next
 
 struct Index {
   unsigned x, y, z;
@@ -63,9 +65,21 @@ struct Copy {
   int bytes, source_bytes;
 };
 
-enum class State { kReady, kInCollective, kAtBarrier, kAtNamedBarrier, kAtMbarrier, kDone };
+enum class State {
+  kReady,
+  kInCollective,
+  kAtBarrier,
+  kAtNamedBarrier,
+  kAtMbarrier,
+  kAtClusterBarrier,
+  kSpinning,
+  kDone,
+};
+
+struct ThreadBlock;
 
 struct Fiber {
+  ThreadBlock* block;
   Index index = {};
   State state = State::kReady;
   bool started = false;
@@ -103,24 +117,41 @@ struct Mbarrier {
   unsigned phase = 0;
 };
 
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
+// One of the blocks of a cluster, which run at the same time.
+struct ThreadBlock {
+  Index index = {};
+  char* shared;
+  unsigned running;  // threads that have not ended
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<bool> in_flight;             // by word of shared memory: whether a copy is to write it
+  std::vector<unsigned> unfenced;          // by word: 1 + the thread that wrote it without a fence.proxy.async
+  std::map<unsigned, Mbarrier> mbarriers;  // by address
+  NamedBarrier named_barriers[16];
+};
+
+// What a thread has the copy engine do, which speaks in its name.
+struct Transfer {
+  Fiber* thread;
+  std::function<void()> run;
+};
+
+inline std::vector<ThreadBlock> cluster;  // by rank
+inline bool all_have_started;             // of its blocks, for all that they know
+inline ThreadBlock* here;
 inline Fiber* current;
-inline Index block, grid;
-inline char* shared_memory;
-inline unsigned shared_bytes;
-inline std::vector<bool> in_flight;             // by word of shared memory: whether a copy is to write it
-inline std::vector<unsigned> unfenced;          // by word: 1 + the thread that wrote it without a fence.proxy.async
-inline std::map<unsigned, Mbarrier> mbarriers;  // by address
-inline NamedBarrier named_barriers[16];
-inline std::deque<std::function<void()>> copy_engine;
+inline Index grid;
+inline unsigned shared_bytes;  // of each block
+inline std::deque<Transfer> copy_engine;
+inline bool phase_has_ended;  // of any mbarrier
 inline void (*run_kernel)();
 inline jmp_buf scheduler, aborted;
 inline char error[512];
 inline int spins;
 
 [[noreturn]] inline void fail(const char* format, ...) {
-  const int n = current ? snprintf(error, sizeof error, "block %u, thread %u: ", block.x, current->index.x) : 0;
+  const int n =
+      current ? snprintf(error, sizeof error, "block %u, thread %u: ", current->block->index.x, current->index.x) : 0;
   va_list args;
   va_start(args, format);
   vsnprintf(error + n, sizeof error - n, format, args);
@@ -135,7 +166,7 @@ inline int spins;
 }
 
 [[gnu::noinline]] inline void resume(Fiber& fiber) {
-  current = &fiber;
+  current = &fiber, here = fiber.block;
   if (!_setjmp(scheduler)) {
     if (fiber.started) _longjmp(fiber.context, 1);
     fiber.started = true;
@@ -150,7 +181,7 @@ inline void finish_copies(int pending) {
     if (copy.group >= current->open_group - pending) return false;
     memset(copy.target, 0, copy.bytes);
     memcpy(copy.target, copy.source, copy.source_bytes);
-    for (int i = 0; i < copy.bytes; i += 4) in_flight[(copy.target - shared_memory + i) / 4] = false;
+    for (int i = 0; i < copy.bytes; i += 4) here->in_flight[(copy.target - here->shared + i) / 4] = false;
     return true;
   });
 }
@@ -159,14 +190,15 @@ inline void thread_main() {
   run_kernel();
   finish_copies(0);
   if (!current->copies.empty()) fail("ends with a cp.async that was never committed");
-  if (!warps[current->index.x / kLanes].products.empty()) fail("ends with products that were never waited for");
+  if (!here->warps[current->index.x / kLanes].products.empty()) fail("ends with products that were never waited for");
+  --here->running;
   suspend(State::kDone);
 }
 
 // Where all lanes of a warp meet: the last to come does work(args of all lanes).
 template <class Args>
 void meet(Args& args, std::type_identity_t<void (*)(Args* const*)> work) {
-  Warp& warp = warps[current->index.x / kLanes];
+  Warp& warp = here->warps[current->index.x / kLanes];
   const unsigned lane = current->index.x % kLanes;
   if (warp.arrived && warp.work != reinterpret_cast<void*>(work))
     fail("the lanes of a warp are at different instructions");
@@ -191,14 +223,14 @@ struct Exchange {
   }
 };
 
-// The place in shared memory of `bytes` bytes, which must be aligned to their number.
-inline char* shared_at(unsigned address, unsigned bytes) {
+// The place in a block's shared memory of `bytes` bytes, which must be aligned to their number.
+inline char* shared_at(unsigned address, unsigned bytes, const ThreadBlock& block = *here) {
   const unsigned offset = address - kSharedBase;
   if (address < kSharedBase || offset + bytes > shared_bytes) fail("shared memory ends before byte %u", offset + bytes);
   if (offset % bytes) fail("%u bytes at byte %u of shared memory are not aligned", bytes, offset);
   for (unsigned i = offset; i < offset + bytes; i += 4)
-    if (in_flight[i / 4]) fail("touches byte %u of shared memory, to which a copy is under way", i);
-  return shared_memory + offset;
+    if (block.in_flight[i / 4]) fail("touches byte %u of shared memory, to which a copy is under way", i);
+  return block.shared + offset;
 }
 
 // The same for the copy engine and the products of warpgroups, which see what threads wrote only behind a fence.
@@ -206,20 +238,20 @@ inline char* shared_at_by_proxy(unsigned address, unsigned bytes) {
   char* p = shared_at(address, bytes);
   const unsigned offset = address - kSharedBase;
   for (unsigned i = offset; i < offset + bytes; i += 4)
-    if (unfenced[i / 4]) fail("reads byte %u of shared memory without fence.proxy.async", i);
+    if (here->unfenced[i / 4]) fail("reads byte %u of shared memory without fence.proxy.async", i);
   return p;
 }
 
 inline void wrote_shared(unsigned address, unsigned bytes) {
   for (unsigned i = address - kSharedBase; i < address - kSharedBase + bytes; i += 4) {
-    unfenced[i / 4] = current->index.x + 1;
+    here->unfenced[i / 4] = current->index.x + 1;
     current->unfenced.push_back(i / 4);
   }
 }
 
-inline Mbarrier& mbarrier_at(unsigned address) {
-  const auto it = mbarriers.find(address);
-  if (it == mbarriers.end()) fail("no mbarrier was initialised at %u", address);
+inline Mbarrier& mbarrier_at(unsigned address, ThreadBlock& block = *here) {
+  const auto it = block.mbarriers.find(address);
+  if (it == block.mbarriers.end()) fail("no mbarrier was initialised at %u", address);
   return it->second;
 }
 
@@ -227,10 +259,11 @@ inline void end_phase_if_complete(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
   barrier.pending = barrier.arrivals;
   ++barrier.phase;
+  phase_has_ended = true;
 }
 
 inline bool may_pass(const Fiber& fiber) {
-  return mbarriers[fiber.barrier].phase % 2 != fiber.parity;
+  return fiber.block->mbarriers[fiber.barrier].phase % 2 != fiber.parity;
 }
 
 // Runs all but the last `pending` groups of the warp's products, then gives back the accumulators of which none is
@@ -250,61 +283,108 @@ inline void finish_products(Warp& warp, int pending) {
   });
 }
 
-inline void run_block() {
-  memset(shared_memory, kPoison, shared_bytes + kSharedMargin);
-  in_flight.assign(shared_bytes / 4, false);
-  unfenced.assign(shared_bytes / 4, 0);
-  mbarriers.clear();
-  for (NamedBarrier& barrier : named_barriers) barrier = {};
-  copy_engine.clear();
-  spins = 0;
-  warps.assign(fibers.size() / kLanes, {});
-  for (unsigned i = 0; i < fibers.size(); ++i) {
+inline void check_running(const ThreadBlock& block) {
+  if (!block.running) fail("touches the shared memory of a thread block that has ended");
+}
+
+inline void start(ThreadBlock& block, unsigned threads) {
+  memset(block.shared, kPoison, shared_bytes + kSharedMargin);
+  block.in_flight.assign(shared_bytes / 4, false);
+  block.unfenced.assign(shared_bytes / 4, 0);
+  block.mbarriers.clear();
+  for (NamedBarrier& barrier : block.named_barriers) barrier = {};
+  block.running = threads;
+  block.warps.assign(threads / kLanes, {});
+  block.fibers.resize(threads);
+  for (unsigned i = 0; i < threads; ++i) {
     static char* stacks = static_cast<char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    Fiber& fiber = fibers[i];
-    fiber = {};
+    Fiber& fiber = block.fibers[i];
+    fiber = {&block};
     fiber.index.x = i;
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = stacks + i * kStackBytes;
+    fiber.start.uc_stack.ss_sp = stacks + ((&block - cluster.data()) * threads + i) * kStackBytes;
     fiber.start.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.start, thread_main, 0);
   }
-  // Warps take turns in both orders, as a race may show in one only.
-  for (unsigned phase = block.x;; ++phase) {
+}
+
+// Whether threads of these blocks wait in this state, and all of the others have ended; those that wait then go on.
+inline bool pass_barrier(State state, ThreadBlock* begin, ThreadBlock* end) {
+  bool any = false;
+  for (ThreadBlock* block = begin; block < end; ++block)
+    for (const Fiber& fiber : block->fibers) {
+      if (fiber.state != state && fiber.state != State::kDone) return false;
+      any = any || fiber.state == state;
+    }
+  for (ThreadBlock* block = begin; any && block < end; ++block)
+    for (Fiber& fiber : block->fibers)
+      if (fiber.state == state) fiber.state = State::kReady;
+  return any;
+}
+
+// The first of the cluster's threads in this state.
+inline Fiber* find_fiber(State state) {
+  for (ThreadBlock& block : cluster)
+    for (Fiber& fiber : block.fibers)
+      if (fiber.state == state) return &fiber;
+  return nullptr;
+}
+
+inline void run_cluster() {
+  copy_engine.clear();
+  all_have_started = false;
+  spins = 0;
+  // Blocks and warps take turns in both orders, as a race may show in one only.
+  for (unsigned phase = cluster[0].index.x / cluster.size();; ++phase) {
     bool ran = false;
-    for (unsigned i = 0; i < warps.size(); ++i) {
-      Fiber* lanes = &fibers[(phase % 2 ? warps.size() - 1 - i : i) * kLanes];
-      for (bool again = true; again;) {
-        again = false;
-        for (unsigned lane = 0; lane < kLanes; ++lane)
-          if (lanes[lane].state == State::kReady) resume(lanes[lane]), again = ran = true;
+    for (unsigned i = 0; i < cluster.size(); ++i) {
+      ThreadBlock& block = cluster[phase / 2 % 2 ? cluster.size() - 1 - i : i];
+      for (unsigned j = 0; j < block.warps.size(); ++j) {
+        Fiber* lanes = &block.fibers[(phase % 2 ? block.warps.size() - 1 - j : j) * kLanes];
+        for (bool again = true; again;) {
+          again = false;
+          for (unsigned lane = 0; lane < kLanes; ++lane)
+            if (lanes[lane].state == State::kReady) resume(lanes[lane]), again = ran = true;
+        }
       }
     }
-    for (Fiber& fiber : fibers)
-      if (fiber.state == State::kAtMbarrier && may_pass(fiber)) fiber.state = State::kReady, ran = true;
+    for (ThreadBlock& block : cluster)
+      for (Fiber& fiber : block.fibers)
+        if (fiber.state == State::kAtMbarrier && may_pass(fiber)) fiber.state = State::kReady, ran = true;
     if (ran) continue;
-    if (!copy_engine.empty()) {  // nobody can go on without it
-      const auto copy = copy_engine.front();
-      copy_engine.pop_front();
-      copy();
+    for (ThreadBlock& block : cluster) ran = pass_barrier(State::kAtBarrier, &block, &block + 1) || ran;
+    if (pass_barrier(State::kAtClusterBarrier, cluster.data(), cluster.data() + cluster.size()))
+      ran = all_have_started = true;
+    if (ran) {
+      spins = 0;
       continue;
     }
-    bool done = true, all_at_barrier = true;
-    for (Fiber& fiber : fibers) {
-      if (fiber.state == State::kInCollective) current = &fiber, fail("waits for lanes that do not come");
-      done = done && fiber.state == State::kDone;
-      all_at_barrier = all_at_barrier && (fiber.state == State::kAtBarrier || fiber.state == State::kDone);
+    if (!copy_engine.empty()) {  // nobody can go on without it
+      for (phase_has_ended = false; !copy_engine.empty() && !phase_has_ended;) {
+        const Transfer transfer = std::move(copy_engine.front());
+        copy_engine.pop_front();
+        current = transfer.thread, here = current->block;
+        transfer.run();
+      }
+      current = nullptr;
+      spins = 0;
+      continue;
     }
-    if (done) break;
-    for (Fiber& fiber : fibers) {
-      if (!all_at_barrier && fiber.state != State::kDone && fiber.state != State::kAtBarrier)
-        current = &fiber, fail("waits at a barrier for ever");
-      if (fiber.state == State::kAtBarrier) fiber.state = State::kReady;
+    if (Fiber* fiber = find_fiber(State::kSpinning)) {
+      if (++spins > 1000) current = fiber, fail("waits for a turn that never comes");
+      for (; fiber; fiber = find_fiber(State::kSpinning)) fiber->state = State::kReady;
+      continue;
     }
+    if ((current = find_fiber(State::kInCollective))) fail("waits for lanes that do not come");
+    for (const State state : {State::kAtMbarrier, State::kAtNamedBarrier, State::kAtClusterBarrier, State::kAtBarrier})
+      if ((current = find_fiber(state))) fail("waits at a barrier for ever");
+    break;
   }
-  for (size_t i = 0; i < kSharedMargin; ++i)
-    if (shared_memory[shared_bytes + i] != char(kPoison)) fail("block %u writes behind its shared memory", block.x);
+  for (const ThreadBlock& block : cluster)
+    for (size_t i = 0; i < kSharedMargin; ++i)
+      if (block.shared[shared_bytes + i] != char(kPoison))
+        fail("block %u writes behind its shared memory", block.index.x);
 }
 
 inline void on_signal(int signal, siginfo_t* info, void*) {
@@ -312,18 +392,17 @@ inline void on_signal(int signal, siginfo_t* info, void*) {
   fail("access to %p, outside of every buffer", info->si_addr);
 }
 
-// Runs a kernel; returns what went wrong, or null.
+// Runs a kernel; returns what went wrong, or null. The blocks of a cluster have their shared memory side by side, each
+// `shared_capacity` bytes of it.
 template <class Problem>
 const char* launch(void (*kernel)(Problem), unsigned blocks, unsigned threads, unsigned bytes, char* shared,
-                   size_t shared_capacity, const void* problem) {
+                   size_t shared_capacity, const void* problem, unsigned cluster_size = 1) {
   static void (*entry)(Problem);
   static const Problem* argument;
   entry = kernel;
   argument = static_cast<const Problem*>(problem);
   run_kernel = [] { entry(*argument); };
-  shared_memory = shared;
   shared_bytes = bytes;
-  fibers.resize(threads);
   constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
   struct sigaction ours = {}, theirs[4];
   ours.sa_sigaction = on_signal;
@@ -332,8 +411,18 @@ const char* launch(void (*kernel)(Problem), unsigned blocks, unsigned threads, u
   const bool failed = _setjmp(aborted);
   if (!failed) {
     if (bytes + kSharedMargin > shared_capacity) fail("asks for too much shared memory");
+    if (cluster_size * threads > kMaxThreads) fail("has too many threads");
+    if (blocks % cluster_size) fail("%u blocks are not whole clusters of %u", blocks, cluster_size);
     grid = {blocks, 1, 1};
-    for (block = {}; block.x < blocks; ++block.x) run_block();
+    cluster.resize(cluster_size);
+    for (unsigned first = 0; first < blocks; first += cluster_size) {
+      for (unsigned rank = 0; rank < cluster_size; ++rank) {
+        cluster[rank].index.x = first + rank;
+        cluster[rank].shared = shared + rank * shared_capacity;
+        start(cluster[rank], threads);
+      }
+      run_cluster();
+    }
   }
   current = nullptr;
   for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &theirs[i], nullptr);
@@ -343,7 +432,7 @@ const char* launch(void (*kernel)(Problem), unsigned blocks, unsigned threads, u
 }  // namespace emulator
 
 #define threadIdx (emulator::current->index)
-#define blockIdx (emulator::block)
+#define blockIdx (emulator::here->index)
 #define gridDim (emulator::grid)
 
 inline void __syncthreads() {

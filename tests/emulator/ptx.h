@@ -8,7 +8,7 @@
 
 namespace flash::ptx {
 
-// atomic.cuh: blocks run one after the other.
+// atomic.cuh: threads run one after the other, and those that look for a turn when no other can go on.
 
 inline void red_add(float* p, float x) {
   *p += x;
@@ -20,7 +20,7 @@ inline void red_add_x4(float* p, float x, float y, float z, float w) {
 }
 
 inline int32 ld_acquire(const int32* p) {
-  if (++emulator::spins > 1000) emulator::fail("waits for a turn that never comes");
+  emulator::suspend(emulator::State::kSpinning);
   return *p;
 }
 
@@ -99,7 +99,7 @@ inline void cp_async(uint32 shared, const void* global, int32 bytes, int32 sourc
   if (source_bytes && reinterpret_cast<uint64>(global) % bytes)
     emulator::fail("cp.async from %p is not aligned", global);
   memset(target, emulator::kPoison, bytes);
-  for (int32 i = 0; i < bytes; i += 4) emulator::in_flight[(target - emulator::shared_memory + i) / 4] = true;
+  for (int32 i = 0; i < bytes; i += 4) emulator::here->in_flight[(target - emulator::here->shared + i) / 4] = true;
   thread.copies.push_back({thread.open_group, target, global, bytes, source_bytes});
 }
 
@@ -128,7 +128,7 @@ inline void wait_for_last_grid() {}
 // ldmatrix.cuh
 
 inline uint32 shared_address(const void* p) {
-  return emulator::kSharedBase + uint32(static_cast<const char*>(p) - emulator::shared_memory);
+  return emulator::kSharedBase + uint32(static_cast<const char*>(p) - emulator::here->shared);
 }
 
 template <bool kTrans>
@@ -198,16 +198,19 @@ void mma_m16n8k16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
 
 inline void mbarrier_init(uint32 barrier, uint32 arrivals) {
   emulator::shared_at(barrier, 8);
-  emulator::mbarriers[barrier] = {arrivals, arrivals};
+  emulator::here->mbarriers[barrier] = {arrivals, arrivals};
 }
 
 inline void fence_mbarrier_init() {}
 
-inline void mbarrier_arrive(uint32 barrier) {
-  emulator::Mbarrier& b = emulator::mbarrier_at(barrier);
+inline void arrive_at(emulator::Mbarrier& b) {
   if (b.pending == 0) emulator::fail("arrives at an mbarrier once too often");
   --b.pending;
   emulator::end_phase_if_complete(b);
+}
+
+inline void mbarrier_arrive(uint32 barrier) {
+  arrive_at(emulator::mbarrier_at(barrier));
 }
 
 inline void mbarrier_arrive_expect_tx(uint32 barrier, uint32 bytes) {
@@ -229,15 +232,27 @@ inline uint32 swizzled(uint32 address, uint32 span) {
 }
 
 // From now on until it has arrived, what is copied is poison.
-inline void begin_copy(uint32 shared, uint32 bytes) {
+inline void begin_copy(uint32 shared, uint32 bytes, emulator::ThreadBlock& block = *emulator::here) {
   for (uint32 i = 0; i < bytes; i += 4) {
-    memset(emulator::shared_at(shared + i, 4), emulator::kPoison, 4);
-    emulator::in_flight[(shared - emulator::kSharedBase + i) / 4] = true;
+    memset(emulator::shared_at(shared + i, 4, block), emulator::kPoison, 4);
+    block.in_flight[(shared - emulator::kSharedBase + i) / 4] = true;
   }
 }
 
-inline void end_copy(uint32 bytes, uint32 barrier) {
-  emulator::Mbarrier& b = emulator::mbarrier_at(barrier);
+inline void start_transfer(std::function<void()> run) {
+  emulator::copy_engine.push_back({emulator::current, std::move(run)});
+}
+
+// Of memory as it lies there.
+inline void write_copy(uint32 shared, const void* source, uint32 bytes,
+                       emulator::ThreadBlock& block = *emulator::here) {
+  const uint32 target = shared - emulator::kSharedBase;
+  memcpy(block.shared + target, source, bytes);
+  for (uint32 i = 0; i < bytes; i += 4) block.in_flight[(target + i) / 4] = false;
+}
+
+inline void end_copy(uint32 bytes, uint32 barrier, emulator::ThreadBlock& block = *emulator::here) {
+  emulator::Mbarrier& b = emulator::mbarrier_at(barrier, block);
   b.bytes -= bytes;
   emulator::end_phase_if_complete(b);
 }
@@ -249,7 +264,7 @@ inline void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 
   if (shared % 128) emulator::fail("the copy engine writes to byte %u, which is not aligned", shared);
   if (boxes.box[2] != 1 || boxes.box[3] != 1 || row_bytes != boxes.swizzle) emulator::fail("an unexpected tensor map");
   begin_copy(shared, bytes);
-  const auto copy = [=] {  // by value: the kernel may end before it
+  start_transfer([=] {  // by value: the kernel may end before it
     for (uint32 r = 0; r < boxes.box[1]; ++r)
       for (uint32 c = 0; c < boxes.box[0]; ++c) {
         const int64 at[4] = {start[0] + c, start[1] + r, start[2], start[3]};
@@ -262,22 +277,19 @@ inline void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 
         const uint32 target = swizzled(shared + r * row_bytes + 2 * c, boxes.swizzle) - emulator::kSharedBase;
         uint16 x = 0;
         if (inside) memcpy(&x, boxes.data + offset, 2);
-        memcpy(emulator::shared_memory + target, &x, 2);
-        emulator::in_flight[target / 4] = false;
+        memcpy(emulator::here->shared + target, &x, 2);
+        emulator::here->in_flight[target / 4] = false;
       }
     end_copy(bytes, barrier);
-  };
-  emulator::copy_engine.push_back(copy);
+  });
 }
 
 inline void bulk_load(uint32 shared, const void* global, uint32 bytes, uint32 barrier) {
   if (shared % 16 || reinterpret_cast<uint64>(global) % 16 || bytes % 16)
     emulator::fail("a bulk copy of %u bytes from %p to byte %u is not aligned", bytes, global, shared);
   begin_copy(shared, bytes);
-  emulator::copy_engine.push_back([=] {
-    const uint32 target = shared - emulator::kSharedBase;
-    memcpy(emulator::shared_memory + target, global, bytes);
-    for (uint32 i = 0; i < bytes; i += 4) emulator::in_flight[(target + i) / 4] = false;
+  start_transfer([=] {
+    write_copy(shared, global, bytes);
     end_copy(bytes, barrier);
   });
 }
@@ -287,8 +299,77 @@ inline void prefetch_tensor_map(const TensorMap&) {}
 inline void fence_proxy_async() {
   emulator::Fiber& thread = *emulator::current;
   for (const unsigned word : thread.unfenced)
-    if (emulator::unfenced[word] == thread.index.x + 1) emulator::unfenced[word] = 0;
+    if (emulator::here->unfenced[word] == thread.index.x + 1) emulator::here->unfenced[word] = 0;
   thread.unfenced.clear();
+}
+
+// cluster.cuh: an address in another block's shared memory has 1 + that block's rank in its upper eight bits, so that
+// it is out of bounds for what may touch only one's own. What is sent there comes as late as the copy engine's copies.
+
+inline constexpr uint32 kRankShift = 24, kAddressMask = (1u << kRankShift) - 1;
+
+inline char* own_shared(char*) {
+  return emulator::here->shared;
+}
+
+inline uint32 peer_shared(uint32 address, uint32 rank) {
+  if (address > kAddressMask) emulator::fail("%#x is no address in a block's own shared memory", address);
+  if (rank >= emulator::cluster.size()) emulator::fail("the cluster has no block %u", rank);
+  return address | (rank + 1) << kRankShift;
+}
+
+// The block at whose shared memory the address is.
+inline emulator::ThreadBlock& peer_at(uint32 peer_address) {
+  const uint32 rank = (peer_address >> kRankShift) - 1;
+  if (rank >= emulator::cluster.size()) emulator::fail("%#x is no address in a cluster", peer_address);
+  if (!emulator::all_have_started)
+    emulator::fail("touches the shared memory of a thread block that may not have started");
+  emulator::check_running(emulator::cluster[rank]);
+  return emulator::cluster[rank];
+}
+
+inline void cluster_sync() {
+  emulator::suspend(emulator::State::kAtClusterBarrier);
+}
+
+inline void mbarrier_arrive_peer(uint32 peer_barrier) {
+  arrive_at(emulator::mbarrier_at(peer_barrier & kAddressMask, peer_at(peer_barrier)));
+}
+
+inline void mbarrier_wait_peers(uint32 barrier, uint32 parity) {
+  mbarrier_wait(barrier, parity);
+}
+
+// Has the copy engine write to another block what `read` returns then.
+template <class Read>
+void send(uint32 peer_address, uint32 bytes, uint32 peer_barrier, Read read) {
+  const uint32 target = peer_address & kAddressMask, barrier = peer_barrier & kAddressMask;
+  emulator::ThreadBlock& peer = peer_at(peer_address);
+  if (&peer != &peer_at(peer_barrier)) emulator::fail("sends to one block and tells another");
+  if (target % 16 || bytes % 16) emulator::fail("sends %u bytes to byte %u, which is not aligned", bytes, target);
+  emulator::mbarrier_at(barrier, peer);
+  begin_copy(target, bytes, peer);
+  start_transfer([=, &peer] {
+    emulator::check_running(peer);
+    write_copy(target, read(), bytes, peer);
+    end_copy(bytes, barrier, peer);
+  });
+}
+
+// No fence is asked of who reads it, an ordinary load.
+inline void st_async_x4(uint32 peer_address, uint32 x, uint32 y, uint32 z, uint32 w, uint32 peer_barrier) {
+  const std::array<uint32, 4> words = {x, y, z, w};
+  send(peer_address, 16, peer_barrier, [=] { return words.data(); });
+}
+
+inline void copy_to_peer(uint32 peer_address, uint32 source, uint32 bytes, uint32 peer_barrier) {
+  const auto read = [=] {
+    emulator::check_running(*emulator::here);
+    for (uint32 i = 0; i < bytes; i += 16) emulator::shared_at_by_proxy(source + i, 16);
+    return emulator::here->shared + (source - emulator::kSharedBase);
+  };
+  read();  // what lies there now may be read as well as what does when the copy takes place
+  send(peer_address, bytes, peer_barrier, read);
 }
 
 // warpgroup.cuh
@@ -299,10 +380,10 @@ template <int32>
 void setmaxnreg_inc() {}
 
 inline void barrier_arrive(int32 id, int32 threads) {
-  emulator::NamedBarrier& barrier = emulator::named_barriers[id];
+  emulator::NamedBarrier& barrier = emulator::here->named_barriers[id];
   if (++barrier.arrived < unsigned(threads)) return;
   barrier.arrived = 0;
-  for (emulator::Fiber& fiber : emulator::fibers)
+  for (emulator::Fiber& fiber : emulator::here->fibers)
     if (fiber.state == emulator::State::kAtNamedBarrier && fiber.barrier == unsigned(id))
       fiber.state = emulator::State::kReady;
 }
@@ -345,7 +426,7 @@ struct WgmmaArgs {
 template <DType kDType, bool kRegisters, bool kTransA, bool kTransB, int32 kTiles>
 void wgmma(WgmmaArgs args) {
   emulator::meet(args, [](WgmmaArgs* const* lanes) {
-    emulator::Warp& warp = emulator::warps[emulator::current->index.x / 32];
+    emulator::Warp& warp = emulator::here->warps[emulator::current->index.x / 32];
     const int32 first_row = emulator::current->index.x / 32 % 4 * 16;
     emulator::Product product = {warp.open_group};
     std::vector<WgmmaArgs> copies;
@@ -403,7 +484,7 @@ inline void wgmma_fence() {}
 inline void wgmma_commit() {
   struct Nothing {
   } nothing;
-  emulator::meet(nothing, [](Nothing* const*) { ++emulator::warps[emulator::current->index.x / 32].open_group; });
+  emulator::meet(nothing, [](Nothing* const*) { ++emulator::here->warps[emulator::current->index.x / 32].open_group; });
 }
 
 template <int32 kPending>
@@ -411,7 +492,7 @@ void wgmma_wait() {
   struct Nothing {
   } nothing;
   emulator::meet(nothing, [](Nothing* const*) {
-    emulator::finish_products(emulator::warps[emulator::current->index.x / 32], kPending);
+    emulator::finish_products(emulator::here->warps[emulator::current->index.x / 32], kPending);
   });
 }
 

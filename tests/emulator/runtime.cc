@@ -34,19 +34,23 @@ std::mutex mutex;  // one launch at a time: the state of an emulated GPU is glob
 
 using Entry = const char* (*)(unsigned blocks, unsigned threads, unsigned bytes, const void* problem);
 
-// A way in for each entry point of a translation unit, and the shared memory that its kernels declare.
+// A way in for each entry point of a translation unit, and the shared memory that its kernels declare, of all blocks of
+// a cluster. The main entry point runs in clusters.
 std::string harness_of(const std::string& source) {
   const std::string family = source.find("kernels/sm90/") != source.npos ? "sm90" : "sm80";
   std::string text = "\nnamespace flash::" + family +
-                     " {\nalignas(1024) char shared[(1 << 18) + emulator::kSharedMargin];\n}\n";
-  for (const Direction direction : {Direction::kFwd, Direction::kBwd, Direction::kDbias})
-    for (const std::string& name : entry_points(direction))
-      if (source.find(name + "(const") != source.npos)
-        text +=
-            "extern \"C\" const char* emulated_" + name +
-            "(unsigned blocks, unsigned threads, unsigned bytes, const void* problem) {\n  return emulator::launch(" +
-            name + ", blocks, threads, bytes, flash::" + family + "::shared, sizeof flash::" + family +
-            "::shared, problem);\n}\n";
+                     " {\nalignas(1024) char shared[flash::cluster_size(kConfig) * emulator::kSharedCapacity];\n}\n";
+  for (const Direction direction : {Direction::kFwd, Direction::kBwd, Direction::kDbias}) {
+    const std::vector<std::string> names = entry_points(direction);
+    for (const std::string& name : names) {
+      if (source.find(name + "(const") == source.npos) continue;
+      const std::string cluster = name == names[main_entry(direction)] ? "flash::cluster_size(kConfig)" : "1";
+      text += "extern \"C\" const char* emulated_" + name +
+              "(unsigned blocks, unsigned threads, unsigned bytes, const void* problem) {\n  return emulator::launch(" +
+              name + ", blocks, threads, bytes, flash::" + family + "::shared, emulator::kSharedCapacity, problem, " +
+              cluster + ");\n}\n";
+    }
+  }
   return text;
 }
 

@@ -155,7 +155,7 @@ struct BwdBlock {
     Accumulator<kKeys, kC.head_dim_v / kWarpsD> dv_sum;
     dk_sum.clear();
     dv_sum.clear();
-    Turn<kC> turn;
+    int32 *ticket = nullptr, *last_ticket = nullptr;
     const bool keeps_turns = kC.deterministic && threadIdx.x == 0;
 
     // kMasked: the mask cuts this block. `next` is the block to be loaded, -1 for none.
@@ -182,13 +182,19 @@ struct BwdBlock {
 
       auto one = [](int32, int32) { return 1.0f; };
       ds_writer.template store<kDType>(ds, one);
-      if (keeps_turns) turn.wait(p, seq, rule, head, kv_row / kC.block_kv, q_row);
+      if (keeps_turns) {
+        ticket = ticket_of<kC>(p, seq, head, q_row);
+        await_turn<kC>(ticket, rule, kv_row / kC.block_kv, q_row);
+      }
       const ColsOfB<typename Storage::O, kWarpsD> do_operand{do_cols.reader.stage(stage)};
       const ColsOfB<typename Storage::Q, kWarpsD> q_operand{q_cols.reader.stage(stage)};
       // In the middle of the step: dS^T (and P^T) are there for all, and the bias has been read.
       auto meet = [&] {
         __syncthreads();
-        if (keeps_turns) turn.pass_on_last();
+        if (keeps_turns) {
+          pass_turn(last_ticket);  // its additions have long arrived, and cost no wait
+          last_ticket = ticket;
+        }
         if constexpr (kC.num_stages > 1) {
           if (next >= 0) load_bias_tile(next);
           ptx::cp_async_commit();
@@ -243,7 +249,7 @@ struct BwdBlock {
     // dk and dv leave through the memory of k and v.
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (keeps_turns) turn.pass_on_last();
+    if (keeps_turns) pass_turn(last_ticket);
     TileWriter<typename Storage::K>(base, Storage::kK, key_row, 16 * warp_d)
         .template store<kDType, kWarpsD>(dk_sum, [&](int32, int32) { return p.options.scale; });
     TileWriter<typename Storage::V>(base, Storage::kV, key_row, 16 * warp_d)

@@ -2,18 +2,22 @@
 // docs/hopper_backward.md says why it looks as it does.
 //
 // A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all
-// query heads of the group. One warp copies Q, dO, lse and delta into rings of buffers, and if deterministic another
-// one keeps the turns at dq. Two warpgroups compute. Up to head dim 128 each owns 64 keys. For larger ones, of which
-// dK and dV of 64 keys take twice the registers, both have the same keys, and roles: one computes S^T, the weights P^T
-// and dV, the other one dP^T and, with the weights that the first one hands over, dS^T and dK. P^T and dS^T are left
-// operands straight from registers, and only dS^T goes through shared memory too, for dQ = dS K. That is done a step
-// late: the two need not meet, and what one has to do between its products runs beside those of the other.
+// query heads of the group. One warp copies Q, dO, lse and delta into rings of buffers, and if deterministic two others
+// keep the turns at dq. Two warpgroups compute, each for 64 keys. P^T and dS^T are left operands straight from
+// registers, and only dS^T goes through shared memory too, for dQ = dS K. That is done a step late, so that the two
+// need not meet, and what one has to do between its products runs beside those of the other.
+//
+// dK and dV of head dims beyond 128 take twice the registers that there are. There the keys are those of a pair of
+// thread blocks, which have roles: one computes S^T, the weights P^T and dV, the other one dP^T and, with the weights
+// that the first one sends into its shared memory, dS^T and dK. dS^T comes back, and each adds one half of the columns
+// of dQ.
 //
 // dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of it.
 #pragma once
 
 #include "common/config.h"
 #include "common/problem.h"
+#include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/grid.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/warpgroup.cuh"
@@ -27,46 +31,56 @@
 
 namespace flash::sm90 {
 
-template <KernelConfig kC>
+// What a thread block computes of its keys: everything, or of a pair the first one S^T, P^T and dV, the second one
+// dP^T, dS^T and dK.
+enum class Role { kAll, kWeights, kScores };
+
+template <KernelConfig kC, Role kRole>
 struct BwdStorage {
-  using K = Tile<kC.block_kv, kC.head_dim, panel_cols_of_q(kC)>;
+  // The second one of a pair needs each Q and dO for one product only, and has them while it does another one.
+  static constexpr int32 kStages = kRole == Role::kScores ? 1 : kC.num_stages;
+  // In a pair, of S^T = K Q^T and of dQ = dS K, or of the latter only.
+  using K = Tile<kC.block_kv, kRole == Role::kScores ? block_columns_of_dq(kC) : kC.head_dim, panel_cols_of_q(kC)>;
   using V = Tile<kC.block_kv, kC.head_dim_v>;
   using Q = Tile<kC.block_q, kC.head_dim, panel_cols_of_q(kC)>;
   using O = Tile<kC.block_q, kC.head_dim_v>;
   using S = Tile<kC.block_kv, kC.block_q>;
   using Bias = BiasTile<kC>;
-  using Stages = Ring<kC.num_stages>;
+  using Stages = Ring<kStages>;
   using Scores = Ring<score_buffers(kC)>;
-  // Offsets in bytes: at kDs buffers of dS^T, at kP those of weights that one role hands to the other.
-  static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + V::kBytes, kDo = kQ + kC.num_stages * Q::kBytes;
-  static constexpr int32 kDs = kDo + kC.num_stages * O::kBytes, kP = kDs + score_buffers(kC) * S::kBytes;
-  static constexpr int32 kBias = kP + (has_roles(kC) ? score_buffers(kC) * S::kBytes : 0);
-  static constexpr int32 kBiasBytes = kC.bias_tiled ? Bias::kBytes : 0;
-  static constexpr int32 kStatistics = kBias + kC.num_stages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
-  // Of all that has stages; with roles dO, which is free earlier, has its own.
-  static constexpr int32 kRowBarriers = kStatistics + kC.num_stages * kStatisticsBytes;
-  static constexpr int32 kDoBarriers = kRowBarriers + Stages::kBytes;
-  static constexpr int32 kKvBarriers = kDoBarriers + Stages::kBytes;
+  using Turns = Ring<2>;
+  // Offsets in bytes: at kDs buffers of dS^T, at kP those of weights that come from the peer.
+  static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + (kRole == Role::kWeights ? 0 : V::kBytes);
+  static constexpr int32 kDo = kQ + kStages * Q::kBytes, kDs = kDo + kStages * O::kBytes;
+  static constexpr int32 kP = kDs + score_buffers(kC) * S::kBytes;
+  static constexpr int32 kBias = kP + (kRole == Role::kScores ? score_buffers(kC) * S::kBytes : 0);
+  static constexpr int32 kBiasBytes = kC.bias_tiled && kRole != Role::kScores ? Bias::kBytes : 0;
+  static constexpr int32 kStatistics = kBias + kStages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
+  static constexpr int32 kEnd = kStatistics + kC.num_stages * kStatisticsBytes;
+  // Barriers lie in the same places in both thread blocks of a pair. Those of rows are of all that has stages, in a
+  // pair of all but dO.
+  static constexpr int32 kRowBarriers = int32(shared_bytes(kC) - kBarrierBytes),
+                         kRingBytes = Ring<kC.num_stages>::kBytes;
+  static constexpr int32 kDoBarriers = kRowBarriers + kRingBytes, kKvBarriers = kDoBarriers + kRingBytes;
   static constexpr int32 kTurnBarriers = kKvBarriers + Ring<1>::kBytes;
-  static constexpr int32 kScoreBarriers = kTurnBarriers + Ring<1>::kBytes;
+  static constexpr int32 kAddedBarriers = kTurnBarriers + Turns::kBytes;
+  static constexpr int32 kScoreBarriers = kAddedBarriers + Turns::kBytes;
   static constexpr int32 kWeightBarriers = kScoreBarriers + Scores::kBytes;
-  static_assert(kWeightBarriers + Scores::kBytes <= kRowBarriers + kBarrierBytes);
-  static_assert(kRowBarriers + kBarrierBytes == shared_bytes(kC));
+  static_assert(kWeightBarriers + Scores::kBytes <= kRowBarriers + kBarrierBytes && kEnd <= kRowBarriers);
 };
-
-// What a warpgroup does to the keys that both have: S^T, P^T and dV, or dP^T, dS^T and dK.
-enum class Role { kWeights, kScores };
 
 // Of all that compute, when rows of K and V are zeroed, and of each warpgroup.
 enum BwdBarrier : int32 { kComputing = 1, kOwnWarpgroup = 2 };
 
-template <KernelConfig kC>
+template <KernelConfig kC, Role kRole>
 struct Bwd {
-  using Storage = BwdStorage<kC>;
+  using Storage = BwdStorage<kC, kRole>;
   static constexpr int32 kBatchAxes = kC.num_batch_axes;
   static constexpr int32 kComputingThreads = 256;
-  static constexpr bool kRoles = has_roles(kC);
+  static constexpr bool kPaired = kRole != Role::kAll;
+  static constexpr uint32 kRank = kRole == Role::kScores ? 1 : 0;  // in the pair
   static constexpr int32 kDqShares = column_shares_of_dq(kC), kDqCols = columns_of_dq(kC);
+  static constexpr int32 kFirstDqCol = kRank * block_columns_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
   // K and V as left operands from registers, where these suffice. Shared memory, of which two of the five products then
   // read half as much, bounds small head dims.
@@ -76,8 +90,8 @@ struct Bwd {
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
   static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
                 registers_at_start(kC) * num_threads(kC));
-  static_assert(kC.num_warps == 8 && kC.block_kv == (kRoles ? 64 : 128) && (kC.block_q == 64 || kC.block_q == 128));
-  static_assert(!kRoles || kC.block_q == 64);
+  static_assert(kC.num_warps == 8 && kC.block_kv == 128 && (kC.block_q == 64 || kC.block_q == 128));
+  static_assert(kPaired == is_paired(kC) && (!kPaired || (kC.block_q == 64 && score_buffers(kC) == kC.num_stages)));
 
   // One block of keys, from row `kv_row` of the sequence on.
   struct Block {
@@ -133,30 +147,53 @@ struct Bwd {
   static __forceinline__ void run(const HopperBwdProblem& p, char* shared) {
     const uint32 base = ptx::shared_address(shared);
     ptx::let_next_grid_start();
-    if (threadIdx.x == 0) {
-      Storage::Stages::init(base + Storage::kRowBarriers, kC.num_warps);
-      Ring<1>::init(base + Storage::kKvBarriers, kC.num_warps);
-      Ring<1>::init(base + Storage::kTurnBarriers, kC.num_warps);
-      constexpr int32 kWarpsOfRole = kC.num_warps / 2;
-      Storage::Scores::init(base + Storage::kScoreBarriers, kC.num_warps, kRoles ? kWarpsOfRole : kC.num_warps);
-      if constexpr (kRoles) {
-        Storage::Stages::init(base + Storage::kDoBarriers, kC.num_warps);
-        Storage::Scores::init(base + Storage::kWeightBarriers, kWarpsOfRole, kWarpsOfRole);
-      }
-      ptx::fence_mbarrier_init();
-    }
-    __syncthreads();
+    if (threadIdx.x == 0) init_barriers(base);
+    meet();
     ptx::wait_for_last_grid();
     if (threadIdx.x < 128) {
       ptx::setmaxnreg_dec<kCopyingRegisters>();
-      if (threadIdx.x < 32)
-        copy(p, base);
-      else if (kC.deterministic && threadIdx.x < 64)
-        keep_turns(p, base);
+      switch (threadIdx.x / 32) {
+        case 0: copy(p, base); break;
+        case 1: await_turns(p, base); break;
+        case 2: pass_turns(p, base); break;
+      }
     } else {
       ptx::setmaxnreg_inc<kComputingRegisters>();
       compute(p, shared, base);
     }
+    if constexpr (kPaired) meet();  // a peer may still send
+  }
+
+  // Of all threads that may reach the thread block's memory.
+  static __forceinline__ void meet() {
+    if constexpr (kPaired)
+      ptx::cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  // What dS^T and weights arrive at counts bytes, where a peer sends them, and who reads says so to the sender.
+  static __forceinline__ void init_barriers(uint32 base) {
+    constexpr int32 kWarps = kC.num_warps;
+    Storage::Stages::init(base + Storage::kRowBarriers, kWarps);
+    Ring<1>::init(base + Storage::kKvBarriers, kWarps);
+    Storage::Turns::init(base + Storage::kTurnBarriers, 1);
+    Storage::Turns::init(base + Storage::kAddedBarriers, 1, kWarps);
+    constexpr int32 kReaders = kRole == Role::kScores ? 2 * kWarps : kWarps;  // of dS^T, in both thread blocks
+    Storage::Scores::init(base + Storage::kScoreBarriers, kReaders, kRole == Role::kWeights ? 1 : kWarps);
+    if constexpr (kPaired) {
+      Storage::Stages::init(base + Storage::kDoBarriers, kWarps);
+      Storage::Scores::init(base + Storage::kWeightBarriers, kWarps);
+      typename Storage::Scores sent(base +
+                                    (kRole == Role::kWeights ? Storage::kScoreBarriers : Storage::kWeightBarriers));
+      for (int32 i = 0; i < score_buffers(kC); ++i, sent.advance()) expect_from_peer(sent);
+    }
+    ptx::fence_mbarrier_init();
+  }
+
+  // By one thread, in front of each phase: the ring's next buffer is full when all of a tile has come.
+  static __forceinline__ void expect_from_peer(const typename Storage::Scores& ring) {
+    ptx::mbarrier_arrive_expect_tx(ring.full(), Storage::S::kBytes);
   }
 
   // Calls on_block(block) for the thread block's unit of work, in practice once, or on_stray(batch, row).
@@ -164,8 +201,8 @@ struct Bwd {
   static __forceinline__ void visit_unit(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray) {
     Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic, Divisor>(p, p.order)
         .visit(
-            blockIdx.x, thread, [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); },
-            on_stray);
+            blockIdx.x / cluster_size(kC), thread,
+            [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); }, on_stray);
   }
 
   // The copying warp. Its first lane does all that touches memory.
@@ -183,84 +220,111 @@ struct Bwd {
       if (first_lane) {
         const int32 row = seq.kv.begin + block.kv_row;
         kv_ring.wait_empty();
-        ptx::mbarrier_arrive_expect_tx(kv_ring.full(), Storage::K::kBytes + Storage::V::kBytes);
-        load.template operator()<typename Storage::K>(Storage::kK, kv_ring.full(), p.k_map, p.k, row, block.kv_head);
-        load.template operator()<typename Storage::V>(Storage::kV, kv_ring.full(), p.v_map, p.v, row, block.kv_head);
+        ptx::mbarrier_arrive_expect_tx(kv_ring.full(), Storage::kQ);
+        load.template operator()<typename Storage::K>(Storage::kK, kv_ring.full(), p.k_map, p.k, row, block.kv_head,
+                                                      kRole == Role::kScores ? kFirstDqCol : 0);
+        if constexpr (kRole != Role::kWeights)
+          load.template operator()<typename Storage::V>(Storage::kV, kv_ring.full(), p.v_map, p.v, row, block.kv_head);
       }
       kv_ring.advance();
+      int32 statistics = 0;
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
-        if (first_lane) {
-          const int32 row = seq.q.begin + step.n * kC.block_q;
-          auto load_do = [&](uint32 barrier) {
-            load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, barrier,
-                                                          p.d_o_map, p.d_o, row, step.head);
-          };
-          if constexpr (kRoles) {
-            do_rows.wait_empty();
-            ptx::mbarrier_arrive_expect_tx(do_rows.full(), Storage::O::kBytes);
-            load_do(do_rows.full());
-          }
-          rows.wait_empty();
-          ptx::mbarrier_arrive_expect_tx(rows.full(), Storage::Q::kBytes + (kRoles ? 0 : Storage::O::kBytes) +
-                                                          Storage::kBiasBytes + Storage::kStatisticsBytes);
-          ptx::bulk_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes,
+        const int32 row = seq.q.begin + step.n * kC.block_q;
+        auto load_statistics = [&](uint32 barrier) {
+          ptx::bulk_load(base + Storage::kStatistics + statistics * Storage::kStatisticsBytes,
                          statistics_of<kBatchAxes>(p, seq, step.head, step.n * kC.block_q), Storage::kStatisticsBytes,
-                         rows.full());
+                         barrier);
+        };
+        auto load_do = [&](uint32 barrier) {
+          load.template operator()<typename Storage::O>(Storage::kDo + do_rows.stage() * Storage::O::kBytes, barrier,
+                                                        p.d_o_map, p.d_o, row, step.head);
+        };
+        auto fill_rows = [&] {
+          rows.wait_empty();
+          ptx::mbarrier_arrive_expect_tx(rows.full(),
+                                         Storage::Q::kBytes + Storage::kBiasBytes +
+                                             (kPaired ? 0 : Storage::O::kBytes + Storage::kStatisticsBytes));
+          if constexpr (!kPaired) load_statistics(rows.full());
           load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
                                                         p.q_map, p.q, row, step.head);
-          if constexpr (!kRoles) load_do(rows.full());
-          if constexpr (kC.bias_tiled)
+          if constexpr (!kPaired) load_do(rows.full());
+          if constexpr (Storage::kBiasBytes > 0)
             load.template operator()<typename Storage::Bias>(Storage::kBias + rows.stage() * Storage::kBiasBytes,
                                                              rows.full(), p.bias_map, p.bias, row,
                                                              p.bias.head_stride ? step.head : 0, block.kv_row);
+        };
+        auto fill_do_rows = [&] {
+          do_rows.wait_empty();
+          ptx::mbarrier_arrive_expect_tx(do_rows.full(), Storage::O::kBytes + Storage::kStatisticsBytes);
+          // Into another buffer than the last one's: who has released that dO may still need its lse.
+          load_statistics(do_rows.full());
+          load_do(do_rows.full());
+        };
+        if (first_lane) {  // first what is needed first
+          if constexpr (kRole == Role::kScores) fill_do_rows();
+          fill_rows();
+          if constexpr (kRole == Role::kWeights) fill_do_rows();
         }
         rows.advance();
         do_rows.advance();
+        statistics = (statistics + 1) % kC.num_stages;
       }
     };
     visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
   }
 
-  // The warp that waits for turns at dq and passes them on, whose ways through global memory nobody else then has to
-  // wait for. It fills a ring of one buffer with turns, which are empty when all warps have added.
-  static __forceinline__ void keep_turns(const HopperBwdProblem& p, uint32 base) {
-    Ring<1> turns(base + Storage::kTurnBarriers);
-    const bool first_lane = threadIdx.x % 32 == 0;
-    auto keep = [&](const Block& block) {
-      if (block.is_empty()) return;
-      Turn<kC> turn;
-      auto pass_on = [&] {
-        turns.wait_empty();
-        turn.pass_on();
-      };
+  // If deterministic, two warps wait for turns at dq and pass them on, whose ways through global memory nobody else
+  // then has to wait for, nor one for the other's. The first fills a ring with turns. The second empties it when
+  // another ring says that all warps have added.
+  static __forceinline__ void await_turns(const HopperBwdProblem& p, uint32 base) {
+    for_each_turn(p, base, [&](auto& turns, auto&, const Block& block, const Steps& step) {
+      const int32 q_row = step.n * kC.block_q;
+      turns.wait_empty();
+      await_turn<kC>(ticket_of<kC>(p, block.seq, step.head, q_row), block.rule, block.kv_row / kC.block_kv, q_row);
+      ptx::mbarrier_arrive(turns.full());
+    });
+  }
+  static __forceinline__ void pass_turns(const HopperBwdProblem& p, uint32 base) {
+    for_each_turn(p, base, [&](auto& turns, auto& added, const Block& block, const Steps& step) {
+      added.wait_full();
+      turns.release();
+      pass_turn(ticket_of<kC>(p, block.seq, step.head, step.n * kC.block_q));
+    });
+  }
+  // Calls on_turn for all of them, in a warp's first lane.
+  template <class OnTurn>
+  static __forceinline__ void for_each_turn(const HopperBwdProblem& p, uint32 base, OnTurn on_turn) {
+    if constexpr (kC.deterministic) {
+      typename Storage::Turns turns(base + Storage::kTurnBarriers), added(base + Storage::kAddedBarriers);
+      auto go_through = [&](const Block& block) {
+        if (block.is_empty()) return;
 #pragma unroll 1
-      for (Steps step(p, block); step.exists(); step.advance()) {
-        if (first_lane) {
-          pass_on();
-          turn.wait(p, block.seq, block.rule, step.head, block.kv_row / kC.block_kv, step.n * kC.block_q);
-          ptx::mbarrier_arrive(turns.full());
+        for (Steps step(p, block); step.exists(); step.advance()) {
+          if (threadIdx.x % 32 == 0) on_turn(turns, added, block, step);
+          turns.advance();
+          added.advance();
         }
-        turns.advance();
-      }
-      if (first_lane) pass_on();
-    };
-    visit_unit(p, threadIdx.x, keep, [](int64, int64) {});
+      };
+      visit_unit(p, threadIdx.x % 32, go_through, [](int64, int64) {});
+    }
   }
 
   // A computing warp's places.
   struct Rings {
     typename Storage::Stages rows, do_rows;
-    Ring<1> kv_ring, turns;
+    Ring<1> kv_ring;
+    typename Storage::Turns turns, added;
     typename Storage::Scores scores;      // dS^T of this step
     typename Storage::Scores due_scores;  // of the step before, whose dQ is due; at first a buffer that nobody wrote
-    typename Storage::Scores weights;
+    typename Storage::Scores weights;     // in the pair's second thread block
 
     __forceinline__ explicit Rings(uint32 base)
         : rows(base + Storage::kRowBarriers),
           do_rows(base + Storage::kDoBarriers),
           kv_ring(base + Storage::kKvBarriers),
           turns(base + Storage::kTurnBarriers),
+          added(base + Storage::kAddedBarriers),
           scores(base + Storage::kScoreBarriers),
           due_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1),
           weights(base + Storage::kWeightBarriers) {}
@@ -278,6 +342,9 @@ struct Bwd {
     ring.advance();
   }
 
+  // The address of something of the pair's other thread block.
+  static __forceinline__ uint32 of_peer(uint32 address) { return ptx::peer_shared(address, 1 - kRank); }
+
   // A warp that computes.
   static __forceinline__ void compute(const HopperBwdProblem& p, char* shared, uint32 base) {
     Rings rings(base);
@@ -285,26 +352,26 @@ struct Bwd {
     visit_unit(
         p, int32(threadIdx.x) - 128,
         [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rings); },
-        [&](int64 batch, int64 row) { define_stray<kBatchAxes>(p, batch, row); });
+        [&](int64 batch, int64 row) {
+          if (kRank == 0) define_stray<kBatchAxes>(p, batch, row);
+        });
   }
 
   static __forceinline__ void compute_block(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
                                             int32 warpgroup, Rings& rings) {
     const int32 thread = int32(threadIdx.x) - 128, keys = max_of(block.keys, 0);
     const int32 slot_rows = min_of(kC.block_kv, block.seq.kv.size - block.kv_row);  // that must be written
-    if (keys < slot_rows) {
+    if (keys < slot_rows && kRole != Role::kWeights)
       store_zeros<kComputingThreads>(thread, target(p, p.dk, block), p.dk.row_stride, keys, slot_rows,
                                      int32(p.head_dim));
+    if (keys < slot_rows && kRole != Role::kScores)
       store_zeros<kComputingThreads>(thread, target(p, p.dv, block), p.dv.row_stride, keys, slot_rows,
                                      int32(p.head_dim_v));
-    }
     if (keys == 0) return;
-    if constexpr (!kRoles)
-      compute_keys(p, shared, base, block, warpgroup, rings);
-    else if (warpgroup == 0)
-      compute_role<Role::kWeights>(p, shared, base, block, rings);
+    if constexpr (kPaired)
+      compute_role(p, shared, base, block, warpgroup, rings);
     else
-      compute_role<Role::kScores>(p, shared, base, block, rings);
+      compute_keys(p, shared, base, block, warpgroup, rings);
   }
 
   // The block's first row of dk or dv.
@@ -334,17 +401,18 @@ struct Bwd {
           block_(block),
           rings_(rings),
           row_(kDqShares == 1 ? 64 * warpgroup : 0),
-          col_(kDqShares == 2 ? (kC.head_dim - kDqCols) * warpgroup : 0),
-          skipped_cols_((kDqShares * kDqCols - kC.head_dim) * warpgroup),
+          col_(kDqShares == 2 ? (block_columns_of_dq(kC) - kDqCols) * warpgroup : 0),
+          skipped_cols_((kDqShares * kDqCols - block_columns_of_dq(kC)) * warpgroup),
           accum_(uniform(accum_block_of<kBatchAxes>(p, block.seq, 0, 0))) {}
 
     // Issues that of the step before, once everyone's dS^T is there. In the first step it is a product of anything, as
     // around a branch the compiler would wait for every one.
     __forceinline__ void issue(Sum& dq) {
       rings_.due_scores.wait_full();
+      if (kRole == Role::kWeights && threadIdx.x == 128 && head_ >= 0) expect_from_peer(rings_.due_scores);
       const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
       issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<typename Storage::S>(tile, row_),
-                                             ColsOperand<typename Storage::K>(base_ + Storage::kK, col_));
+                                             ColsOperand<typename Storage::K>(base_ + Storage::kK, k_col()));
     }
     // When it is done. Then that of the step at hand is due.
     __forceinline__ void add(const Sum& dq, int32 head, int32 q_row) {
@@ -363,30 +431,39 @@ struct Bwd {
 
    private:
     __forceinline__ void add_due(const Sum& dq) {
-      if (kRoles && threadIdx.x % 32 == 0) rings_.due_scores.release();
+      if (kPaired && threadIdx.x % 32 == 0) {
+        // Its buffers are free when both thread blocks say so to the one that writes them.
+        if constexpr (kRole == Role::kWeights)
+          ptx::mbarrier_arrive_peer(of_peer(rings_.due_scores.empty()));
+        else
+          rings_.due_scores.release();
+      }
       if constexpr (kC.deterministic) rings_.turns.wait_full();
       const int32 row = q_row_ + row_;
       add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, head_, row), dq, row,
-                       16 * (int32(threadIdx.x) % 128 / 32), col_, skipped_cols_);
+                       16 * (int32(threadIdx.x) % 128 / 32), kFirstDqCol + col_, skipped_cols_);
       if constexpr (kC.deterministic) {
-        __syncwarp();  // all lanes have added
-        release(rings_.turns);
+        rings_.turns.advance();
+        fill(rings_.added);
       }
     }
+
+    // In the tile of K.
+    __forceinline__ int32 k_col() const { return (kRole == Role::kWeights ? kFirstDqCol : 0) + col_; }
 
     const HopperBwdProblem& p_;
     uint32 base_;
     const Block& block_;
     Rings& rings_;
-    int32 row_, col_;
+    int32 row_, col_;     // of the thread block's
     int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
     float* accum_;
     int32 head_ = -1, q_row_ = 0;  // of the step whose dQ is due, if one is
   };
 
-  // The lse, or with kDeltaBehindLse the delta, of a thread's pair of queries in n-tile `i` of a stage.
-  static __forceinline__ float2 pair_of(const char* shared, int32 stage, int32 offset, int32 i) {
-    const int32 first = Storage::kStatistics + stage * Storage::kStatisticsBytes + threadIdx.x % 4 * 8;
+  // The lse, or with kDeltaBehindLse the delta, of a thread's pair of queries in n-tile `i`.
+  static __forceinline__ float2 pair_of(const char* shared, int32 buffer, int32 offset, int32 i) {
+    const int32 first = Storage::kStatistics + buffer * Storage::kStatisticsBytes + threadIdx.x % 4 * 8;
     return *reinterpret_cast<const float2*>(shared + first + statistics_offset(8 * i) + offset);
   }
 
@@ -402,13 +479,15 @@ struct Bwd {
     int32 head, row;
     bool all_seen;  // by the positional mask
     int32 stage;
+    int32 statistics;  // the buffer of lse and delta
     uint32 q_tile, do_tile;
 
-    __forceinline__ Queries(const Steps& step, uint32 base, int32 stage)
+    __forceinline__ Queries(const Steps& step, uint32 base, const Rings& rings)
         : head(step.head),
           row(step.n * kC.block_q),
           all_seen(step.is_full()),
-          stage(stage),
+          stage(rings.rows.stage()),
+          statistics(kRole == Role::kScores ? rings.weights.stage() : rings.rows.stage()),
           q_tile(base + Storage::kQ + stage * Storage::Q::kBytes),
           do_tile(base + Storage::kDo + stage * Storage::O::kBytes) {}
   };
@@ -444,13 +523,13 @@ struct Bwd {
       LateDq late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
-        const Queries queries(step, base, rows.stage());
+        const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> s, ds;
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         typename LateDq::Sum dq;
         rows.wait_full();
-        hide_rows_without_keys(shared, queries, warpgroup, thread % 128);
+        hide_rows_without_keys<Q, O>(shared, queries, warpgroup, thread % 128, queries.q_tile, queries.do_tile);
         if constexpr (kKvInRegisters) {
           issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(queries.q_tile));
           issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(queries.do_tile));
@@ -464,7 +543,7 @@ struct Bwd {
         wait_gemm<1>(s);
         gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
                          bias_tile(base, queries.stage, warp_key),
-                         [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
+                         [&](int32 i) { return pair_of(shared, queries.statistics, 0, i); });
         const TileWriter<S> ds_tile(base, Storage::kDs + scores.stage() * S::kBytes, warp_key);
         auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
           Accumulator<16, kC.block_q> kept = s;
@@ -473,7 +552,7 @@ struct Bwd {
           issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
           if constexpr (kFrom == 0) wait_gemm<1>(ds);
           gradient.template scores<kFrom, kTo>(
-              ds, s, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
+              ds, s, p, [&](int32 i) { return pair_of(shared, queries.statistics, kDeltaBehindLse, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
           ds_tile.template store<kFrom, kTo>(dscores);
         };
@@ -497,93 +576,41 @@ struct Bwd {
     store_dv(p, block, dv_sum, warp_key);
   }
 
-  // A warpgroup with a role, whose keys are the other one's too.
-  template <Role kRole>
+  // A warpgroup of a pair, whose 64 keys one of the peer has too.
   static __forceinline__ void compute_role(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
-                                           Rings& rings) {
+                                           int32 warpgroup, Rings& rings) {
     constexpr bool kOfWeights = kRole == Role::kWeights;
-    constexpr int32 kWarpgroup = kOfWeights ? 0 : 1;
     using Q = typename Storage::Q;
     using O = typename Storage::O;
-    using S = typename Storage::S;
-    auto &rows = rings.rows, &do_rows = rings.do_rows;
-    auto &scores = rings.scores, &weights = rings.weights;
-    const int32 thread = int32(threadIdx.x) - 128, warp_key = thread % 128 / 32 * 16;
-    Accumulator<16, kOfWeights ? kC.head_dim_v : kC.head_dim> sum;  // dV or dK
+    const int32 warp_key = (int32(threadIdx.x) - 128) / 32 * 16;
+    Accumulator<16, kOfWeights ? kC.head_dim_v : kC.head_dim> sum;
     sum.clear();
     if (!block.is_empty()) {
       rings.kv_ring.wait_full();
-      hide_keys_behind(p, base, block, thread);
-      LateDq late_dq(p, base, block, kWarpgroup, rings);
+      hide_keys_behind(p, base, block, int32(threadIdx.x) - 128);
+      LateDq late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
-        const Queries queries(step, base, rows.stage());
+        const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
-        // The thread's fragments of weights, which are the same thread's of the other warpgroup.
-        const int32 weights_place = Storage::kP + weights.stage() * S::kBytes + thread % 128 * 16;
-        constexpr int32 kFragmentsBytes = 128 * 16;
-        Accumulator<16, kC.block_q> s;  // S^T or dP^T
         uint32 left[1][kC.block_q / 16][4];
         typename LateDq::Sum dq;
-        TileGradient<kC, 16, kC.block_q> gradient;
-        rows.wait_full();
-        do_rows.wait_full();
-        hide_rows_without_keys(shared, queries, kWarpgroup, thread % 128);
-        if constexpr (kOfWeights) {
-          issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<typename Storage::K>(base + Storage::kK),
-                                                 RowsOperand<Q>(queries.q_tile));
-          wait_gemm<0>(s);
-          gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
-                           bias_tile(base, queries.stage, warp_key),
-                           [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
-          __syncwarp();  // all lanes have read
-          release(rows);
-          {
-            Accumulator<16, kC.block_q> factors = s;
-            gradient.slope(factors);
-            pack<kDType>(left, factors);
-          }
-          weights.wait_empty();
-#pragma unroll
-          for (int32 i = 0; i < kC.block_q / 16; ++i)
-            ptx::st_shared_x4(base + weights_place + i * kFragmentsBytes, left[0][i][0], left[0][i][1], left[0][i][2],
-                              left[0][i][3]);
-          fill(weights);
-          gradient.drop(s);
-          pack<kDType>(left, s);
-        } else {
-          issue_gemm<kDType, kC.head_dim_v, false>(s, RowsOperand<typename Storage::V>(base + Storage::kV),
-                                                   RowsOperand<O>(queries.do_tile));
-          gradient.draw(p, in, block.kv_row + warp_key, queries.row);
-          wait_gemm<0>(s);
-          release(do_rows);
-          weights.wait_full();
-#pragma unroll
-          for (int32 i = 0; i < kC.block_q / 16; ++i) {
-            const uint4 x = *reinterpret_cast<const uint4*>(shared + weights_place + i * kFragmentsBytes);
-            left[0][i][0] = x.x, left[0][i][1] = x.y, left[0][i][2] = x.z, left[0][i][3] = x.w;
-          }
-          __syncwarp();
-          release(weights);
-          Accumulator<16, kC.block_q> factors;
-          unpack<kDType>(factors, left);
-          gradient.capped_scores(s, factors, p,
-                                 [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
-          pack<kDType>(left, s);
-          scores.wait_empty();
-          TileWriter<S>(base, Storage::kDs + scores.stage() * S::kBytes, warp_key).store(left);
-          ptx::fence_proxy_async();
-          fill(scores);
-        }
-        late_dq.issue(dq);
         if constexpr (kOfWeights)
-          issue_gemm<kDType, true>(sum, left, ColsOperand<O>(queries.do_tile));
+          weigh(left, p, shared, base, block, queries, in, warpgroup, rings);
         else
+          find_scores(left, p, shared, base, block, queries, in, warpgroup, rings);
+        late_dq.issue(dq);
+        if constexpr (kOfWeights) {
+          issue_gemm<kDType, true>(sum, left, ColsOperand<O>(queries.do_tile));
+        } else {
+          rings.rows.wait_full();
+          hide_rows_without_keys<Q>(shared, queries, warpgroup, threadIdx.x % 128, queries.q_tile);
           issue_gemm<kDType, true>(sum, left, ColsOperand<Q>(queries.q_tile));
+        }
         wait_gemm<1>(dq);
         late_dq.add(dq, queries.head, queries.row);
         wait_gemm<0>(sum);
-        release(kOfWeights ? do_rows : rows);
+        release(kOfWeights ? rings.do_rows : rings.rows);
       }
       late_dq.finish();
       release(rings.kv_ring);
@@ -594,30 +621,124 @@ struct Bwd {
       store_dk(p, block, sum, warp_key);
   }
 
+  // Weights that a thread sends to the one of the peer that has the same fragments of dP^T.
+  static constexpr int32 kSentBytes = 16 * kComputingThreads;  // at a time
+  static __forceinline__ int32 place_of_weights(int32 buffer) {
+    return BwdStorage<kC, Role::kScores>::kP + buffer * Storage::S::kBytes + (int32(threadIdx.x) - 128) * 16;
+  }
+
+  // P^T of a step, as a left operand; and, times the slope of the soft cap, for the peer.
+  static __forceinline__ void weigh(uint32 (&weights)[1][kC.block_q / 16][4], const HopperBwdProblem& p, char* shared,
+                                    uint32 base, const Block& block, const Queries& queries, const ScoreInputs<kC>& in,
+                                    int32 warpgroup, Rings& rings) {
+    using K = typename Storage::K;
+    using Q = typename Storage::Q;
+    using O = typename Storage::O;
+    const int32 warp_key = (int32(threadIdx.x) - 128) / 32 * 16;
+    Accumulator<16, kC.block_q> s;
+    TileGradient<kC, 16, kC.block_q> gradient;
+    rings.rows.wait_full();
+    rings.do_rows.wait_full();
+    hide_rows_without_keys<Q, O>(shared, queries, warpgroup, threadIdx.x % 128, queries.q_tile, queries.do_tile);
+    issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
+                                           RowsOperand<Q>(queries.q_tile));
+    wait_gemm<0>(s);
+    gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
+                     bias_tile(base, queries.stage, warp_key),
+                     [&](int32 i) { return pair_of(shared, queries.statistics, 0, i); });
+    __syncwarp();  // all lanes have read
+    release(rings.rows);
+    {
+      Accumulator<16, kC.block_q> factors = s;
+      gradient.slope(factors);
+      pack<kDType>(weights, factors);
+    }
+    rings.weights.wait_empty();
+    const uint32 target = of_peer(base + place_of_weights(rings.weights.stage()));
+    const uint32 barrier = of_peer(rings.weights.full());
+#pragma unroll
+    for (int32 i = 0; i < kC.block_q / 16; ++i)
+      ptx::st_async_x4(target + i * kSentBytes, weights[0][i][0], weights[0][i][1], weights[0][i][2], weights[0][i][3],
+                       barrier);
+    rings.weights.advance();
+    if constexpr (kC.softcap || kC.dropout) {
+      gradient.drop(s);
+      pack<kDType>(weights, s);
+    }
+  }
+
+  // dS^T of a step, as a left operand; and in both thread blocks' shared memory.
+  static __forceinline__ void find_scores(uint32 (&scores)[1][kC.block_q / 16][4], const HopperBwdProblem& p,
+                                          char* shared, uint32 base, const Block& block, const Queries& queries,
+                                          const ScoreInputs<kC>& in, int32 warpgroup, Rings& rings) {
+    using V = typename Storage::V;
+    using O = typename Storage::O;
+    using S = typename Storage::S;
+    const int32 warp_key = (int32(threadIdx.x) - 128) / 32 * 16;
+    Accumulator<16, kC.block_q> ds;
+    TileGradient<kC, 16, kC.block_q> gradient;
+    rings.do_rows.wait_full();
+    hide_rows_without_keys<O>(shared, queries, warpgroup, threadIdx.x % 128, queries.do_tile);
+    issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
+                                             RowsOperand<O>(queries.do_tile));
+    gradient.draw(p, in, block.kv_row + warp_key, queries.row);
+    wait_gemm<0>(ds);
+    release(rings.do_rows);
+    rings.weights.wait_full();
+    if (threadIdx.x == 128) expect_from_peer(rings.weights);
+#pragma unroll
+    for (int32 i = 0; i < kC.block_q / 16; ++i) {
+      const int32 place = place_of_weights(rings.weights.stage()) + i * kSentBytes;
+      const uint4 x = *reinterpret_cast<const uint4*>(shared + place);
+      scores[0][i][0] = x.x, scores[0][i][1] = x.y, scores[0][i][2] = x.z, scores[0][i][3] = x.w;
+    }
+    Accumulator<16, kC.block_q> weights;
+    unpack<kDType>(weights, scores);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_peer(of_peer(rings.weights.empty()));
+    rings.weights.advance();
+    gradient.capped_scores(ds, weights, p,
+                           [&](int32 i) { return pair_of(shared, queries.statistics, kDeltaBehindLse, i); });
+    pack<kDType>(scores, ds);
+    const int32 tile = Storage::kDs + rings.scores.stage() * S::kBytes;
+    rings.scores.wait_empty();
+    TileWriter<S>(base, tile, warp_key).store(scores);
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      constexpr int32 kWarpBytes = 16 * S::kRowBytes;
+      constexpr int32 kBehind = BwdStorage<kC, Role::kWeights>::kDs - Storage::kDs;  // of the peer's buffers
+      const uint32 own = base + tile + warp_key * S::kRowBytes;
+      ptx::copy_to_peer(of_peer(own + kBehind), own, kWarpBytes, of_peer(rings.scores.full()));
+    }
+    fill(rings.scores);
+  }
+
   // Zeros the rows of K and V that lie behind the keys in use: where dS is 0, NaN would make NaN of it. The copy engine
   // has done so behind the end of the tensor.
   static __forceinline__ void hide_keys_behind(const HopperBwdProblem& p, uint32 base, const Block& block,
                                                int32 thread) {
     if (block.keys == kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
     zero_rows<typename Storage::K>(base + Storage::kK, block.keys, kC.block_kv, thread, kComputingThreads);
-    zero_rows<typename Storage::V>(base + Storage::kV, block.keys, kC.block_kv, thread, kComputingThreads);
+    if constexpr (kRole != Role::kWeights)
+      zero_rows<typename Storage::V>(base + Storage::kV, block.keys, kC.block_kv, thread, kComputingThreads);
     ptx::fence_proxy_async();
     __syncwarp();
     ptx::barrier_sync(kComputing, kComputingThreads);
   }
 
-  // Zeros the rows of q and dO that see no key, or lie behind the sequence: they have no gradient, and what stands
-  // there would be NaN also when multiplied by their weights of 0. Each warpgroup does it for itself.
+  // Zeros the rows of Tiles, which are q or dO, that see no key, or lie behind the sequence: they have no gradient, and
+  // what stands there would be NaN also when multiplied by their weights of 0. Each warpgroup does it for itself.
+  template <class... Tiles, class... Addresses>
   static __forceinline__ void hide_rows_without_keys(const char* shared, const Queries& queries, int32 warpgroup,
-                                                     int32 thread) {
+                                                     int32 thread, Addresses... tiles) {
     if (!kDataMasks<kC> && queries.all_seen) return;
     constexpr int32 kThreadsPerRow = 128 / kC.block_q;
     const int32 row = thread / kThreadsPerRow;
     const char* lse =
-        shared + Storage::kStatistics + queries.stage * Storage::kStatisticsBytes + statistics_offset(row);
+        shared + Storage::kStatistics + queries.statistics * Storage::kStatisticsBytes + statistics_offset(row);
     if (*reinterpret_cast<const float*>(lse) == kNoKey) {
-      zero_rows<typename Storage::Q>(queries.q_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
-      zero_rows<typename Storage::O>(queries.do_tile, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow);
+      (zero_rows<Tiles>(tiles, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow), ...);
       ptx::fence_proxy_async();
     }
     __syncwarp();
@@ -628,7 +749,12 @@ struct Bwd {
 template <KernelConfig kC>
 __forceinline__ void bwd(const HopperBwdProblem& p) {
   extern __shared__ __align__(1024) char shared[];
-  Bwd<kC>::run(p, shared);
+  if constexpr (!is_paired(kC))
+    Bwd<kC, Role::kAll>::run(p, shared);
+  else if (blockIdx.x % 2 == 0)
+    Bwd<kC, Role::kWeights>::run(p, ptx::own_shared(shared));
+  else
+    Bwd<kC, Role::kScores>::run(p, ptx::own_shared(shared));
 }
 
 }  // namespace flash::sm90

@@ -137,40 +137,27 @@ __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, float* 
 
 // If deterministic, the blocks of keys that a block of queries sees add to dq in turn, the last one first: with a
 // causal mask each block of keys begins at its own diagonal, so that the later ones come by earlier, and none has to
-// wait. The grid does later ones earlier, so that none waits for one that has not begun. One thread keeps the turns of
-// a thread block; the others follow it through a barrier.
+// wait. The grid does later ones earlier, so that none waits for one that has not begun. A ticket counts the thread
+// blocks that have added; all of a pair have the same turn.
 template <KernelConfig kC>
-class Turn {
- public:
-  // In front of that: for the turn of block kv_block at the queries from q_row on.
-  __forceinline__ void wait(const BwdProblem& p, const Sequence& seq, const MaskRule& rule, int32 head, int32 kv_block,
-                            int32 q_row) {
-    ticket_ = address_of<int32, kC.num_batch_axes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
-    const int32 last_row = min_of(q_row + kC.block_q, rule.seqlen_q);
-    const int32 number = (visible_keys(rule, q_row, last_row).end - 1) / kC.block_kv - kv_block;
-    while (ptx::ld_acquire(ticket_) != number) {
-    }
-  }
-  // When this thread knows that all have added: passes the turn on, if it has come.
-  __forceinline__ void pass_on() {
-    pass(ticket_);
-    ticket_ = nullptr;
-  }
-  // When it knows so of the turn before: passes that one on. The additions have long arrived then, and cost no wait.
-  __forceinline__ void pass_on_last() {
-    pass(last_);
-    last_ = ticket_;
-  }
+__forceinline__ int32* ticket_of(const BwdProblem& p, const Sequence& seq, int32 head, int32 q_row) {
+  return address_of<int32, kC.num_batch_axes>(p, p.tickets, seq.batch, head, seq.q.begin + q_row);
+}
 
- private:
-  static __forceinline__ void pass(int32* ticket) {
-    if (!ticket) return;
-    __threadfence();
-    ptx::red_release_add(ticket, 1);
+// Waits for the turn of block kv_block at the queries from q_row on. By one thread; the others follow it.
+template <KernelConfig kC>
+__forceinline__ void await_turn(const int32* ticket, const MaskRule& rule, int32 kv_block, int32 q_row) {
+  const int32 last_row = min_of(q_row + kC.block_q, rule.seqlen_q);
+  const int32 number = (visible_keys(rule, q_row, last_row).end - 1) / kC.block_kv - kv_block;
+  while (ptx::ld_acquire(ticket) < cluster_size(kC) * number) {
   }
+}
 
-  int32* ticket_ = nullptr;
-  int32* last_ = nullptr;
-};
+// When this thread knows that all have added: passes the turn on, if one has come.
+__forceinline__ void pass_turn(int32* ticket) {
+  if (!ticket) return;
+  __threadfence();
+  ptx::red_release_add(ticket, 1);
+}
 
 }  // namespace flash

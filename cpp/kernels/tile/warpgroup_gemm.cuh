@@ -18,7 +18,8 @@ struct MatrixDescriptor {
   static_assert(T::kPanelBytes % 1024 == 0 && kLeading < (1 << 14));
   uint32 lower;
 
-  __forceinline__ explicit MatrixDescriptor(uint32 address) : lower(address / 16 | kLeading << 16) {
+  // In a cluster, addresses of shared memory have the thread block's rank in their upper bits.
+  __forceinline__ explicit MatrixDescriptor(uint32 address) : lower((address / 16 & 0x3FFF) | kLeading << 16) {
     // All descriptors of a loop at once, computed in front of it, would take more registers than there are.
     ptx::opaque(lower);
   }
