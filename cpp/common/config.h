@@ -149,6 +149,22 @@ static constexpr int32 score_buffers(const KernelConfig& c) {
 // Barriers of Hopper's kernels, and what warps tell each other.
 inline constexpr int64 kBarrierBytes = 512;
 
+// Shared memory of a thread block on Hopper.
+inline constexpr int64 kHopperSharedBytes = 227 * 1024;
+
+// Shared memory of the second thread block of a pair in Hopper's backward with so many buffers of dO.
+static constexpr int64 second_of_pair_bytes(const KernelConfig& c, int32 do_buffers) {
+  const int64 k = int64{2} * c.block_kv * block_columns_of_dq(c), v = int64{2} * c.block_kv * c.head_dim_v;
+  const int64 q = int64{2} * c.block_q * c.head_dim, o = int64{2} * c.block_q * c.head_dim_v;
+  const int64 scores = int64{2} * c.block_q * c.block_kv, statistics = int64{8} * c.block_q;
+  return k + v + q + do_buffers * o + 2 * score_buffers(c) * scores + (do_buffers + 1) * statistics + kBarrierBytes;
+}
+
+// Its buffers of dO, two where shared memory has room.
+static constexpr int32 do_buffers(const KernelConfig& c) {
+  return second_of_pair_bytes(c, 2) <= kHopperSharedBytes ? 2 : 1;
+}
+
 // Shared memory of Hopper's forward with so many buffers of Q.
 static constexpr int64 hopper_fwd_bytes(const KernelConfig& c, int32 q_buffers) {
   const int64 q = int64{2} * c.block_q * c.head_dim, kv = int64{2} * c.block_kv * (c.head_dim + c.head_dim_v);
@@ -158,8 +174,7 @@ static constexpr int64 hopper_fwd_bytes(const KernelConfig& c, int32 q_buffers) 
 
 // Hopper's forward: buffers of Q, two where shared memory has room, so that the next unit's comes beside this one.
 static constexpr int32 q_buffers(const KernelConfig& c) {
-  constexpr int64 kSharedBytes = 227 * 1024;
-  return hopper_fwd_bytes(c, 2) <= kSharedBytes ? 2 : 1;
+  return hopper_fwd_bytes(c, 2) <= kHopperSharedBytes ? 2 : 1;
 }
 
 // Dynamic shared memory of the main kernel; the kernels hold their storage to it.
@@ -174,9 +189,8 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
     if (c.direction == Direction::kDbias)
       return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
     if (is_paired(c))
-      return max_of(k + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores,
-                    k / 2 + v + q + o + c.num_stages * statistics + 2 * score_buffers(c) * scores) +
-             kBarrierBytes;
+      return max_of(k + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores + kBarrierBytes,
+                    second_of_pair_bytes(c, do_buffers(c)));
     return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;

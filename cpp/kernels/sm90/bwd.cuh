@@ -39,6 +39,7 @@ template <KernelConfig kC, Role kRole>
 struct BwdStorage {
   // The second one of a pair needs each Q and dO for one product only, and has them while it does another one.
   static constexpr int32 kStages = kRole == Role::kScores ? 1 : kC.num_stages;
+  static constexpr int32 kDoStages = kRole == Role::kScores ? do_buffers(kC) : kC.num_stages;
   // In a pair, of S^T = K Q^T and of dQ = dS K, or of the latter only.
   using K = Tile<kC.block_kv, kRole == Role::kScores ? block_columns_of_dq(kC) : kC.head_dim, panel_cols_of_q(kC)>;
   using V = Tile<kC.block_kv, kC.head_dim_v>;
@@ -47,16 +48,19 @@ struct BwdStorage {
   using S = Tile<kC.block_kv, kC.block_q>;
   using Bias = BiasTile<kC>;
   using Stages = Ring<kStages>;
+  using DoStages = Ring<kDoStages>;
   using Scores = Ring<score_buffers(kC)>;
   using Turns = Ring<2>;
   // Offsets in bytes: at kDs buffers of dS^T, at kP those of weights that come from the peer.
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + (kRole == Role::kWeights ? 0 : V::kBytes);
-  static constexpr int32 kDo = kQ + kStages * Q::kBytes, kDs = kDo + kStages * O::kBytes;
+  static constexpr int32 kDo = kQ + kStages * Q::kBytes, kDs = kDo + kDoStages * O::kBytes;
   static constexpr int32 kP = kDs + score_buffers(kC) * S::kBytes;
   static constexpr int32 kBias = kP + (kRole == Role::kScores ? score_buffers(kC) * S::kBytes : 0);
   static constexpr int32 kBiasBytes = kC.bias_tiled && kRole != Role::kScores ? Bias::kBytes : 0;
   static constexpr int32 kStatistics = kBias + kStages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
-  static constexpr int32 kEnd = kStatistics + kC.num_stages * kStatisticsBytes;
+  // They come with dO, which is done with earlier.
+  static constexpr int32 kStatisticsBuffers = kRole == Role::kScores ? kDoStages + 1 : kC.num_stages;
+  static constexpr int32 kEnd = kStatistics + kStatisticsBuffers * kStatisticsBytes;
   // Barriers lie in the same places in both thread blocks of a pair. Those of rows are of all that has stages, in a
   // pair of all but dO.
   static constexpr int32 kRowBarriers = int32(shared_bytes(kC) - kBarrierBytes),
@@ -65,8 +69,9 @@ struct BwdStorage {
   static constexpr int32 kTurnBarriers = kKvBarriers + Ring<1>::kBytes;
   static constexpr int32 kAddedBarriers = kTurnBarriers + Turns::kBytes;
   static constexpr int32 kScoreBarriers = kAddedBarriers + Turns::kBytes;
-  static constexpr int32 kWeightBarriers = kScoreBarriers + Scores::kBytes;
-  static_assert(kWeightBarriers + Scores::kBytes <= kRowBarriers + kBarrierBytes && kEnd <= kRowBarriers);
+  static constexpr int32 kWeightBarriers = kScoreBarriers + Scores::kBytes;  // of two rings
+  static_assert(kWeightBarriers + 2 * Scores::kBytes <= kRowBarriers + kBarrierBytes && kEnd <= kRowBarriers);
+  static __forceinline__ int32 weight_barriers(int32 warpgroup) { return kWeightBarriers + warpgroup * Scores::kBytes; }
 };
 
 // Of all that compute, when rows of K and V are zeroed, and of each warpgroup.
@@ -91,7 +96,7 @@ struct Bwd {
   static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
                 registers_at_start(kC) * num_threads(kC));
   static_assert(kC.num_warps == 8 && kC.block_kv == 128 && (kC.block_q == 64 || kC.block_q == 128));
-  static_assert(kPaired == is_paired(kC) && (!kPaired || (kC.block_q == 64 && score_buffers(kC) == kC.num_stages)));
+  static_assert(kPaired == is_paired(kC) && (!kPaired || kC.block_q == 64));
 
   // One block of keys, from row `kv_row` of the sequence on.
   struct Block {
@@ -182,18 +187,19 @@ struct Bwd {
     constexpr int32 kReaders = kRole == Role::kScores ? 2 * kWarps : kWarps;  // of dS^T, in both thread blocks
     Storage::Scores::init(base + Storage::kScoreBarriers, kReaders, kRole == Role::kWeights ? 1 : kWarps);
     if constexpr (kPaired) {
-      Storage::Stages::init(base + Storage::kDoBarriers, kWarps);
-      Storage::Scores::init(base + Storage::kWeightBarriers, kWarps);
-      typename Storage::Scores sent(base +
-                                    (kRole == Role::kWeights ? Storage::kScoreBarriers : Storage::kWeightBarriers));
-      for (int32 i = 0; i < score_buffers(kC); ++i, sent.advance()) expect_from_peer(sent);
+      Storage::DoStages::init(base + Storage::kDoBarriers, kWarps);
+      auto expect_first = [&](int32 barriers, int32 bytes) {
+        typename Storage::Scores ring(base + barriers);
+        for (int32 i = 0; i < score_buffers(kC); ++i, ring.advance())
+          ptx::mbarrier_arrive_expect_tx(ring.full(), bytes);
+      };
+      if constexpr (kRole == Role::kWeights) expect_first(Storage::kScoreBarriers, Storage::S::kBytes);
+      for (int32 w = 0; w < 2; ++w) {
+        Storage::Scores::init(base + Storage::weight_barriers(w), kWarps / 2);
+        if constexpr (kRole == Role::kScores) expect_first(Storage::weight_barriers(w), kWeightBytes);
+      }
     }
     ptx::fence_mbarrier_init();
-  }
-
-  // By one thread, in front of each phase: the ring's next buffer is full when all of a tile has come.
-  static __forceinline__ void expect_from_peer(const typename Storage::Scores& ring) {
-    ptx::mbarrier_arrive_expect_tx(ring.full(), Storage::S::kBytes);
   }
 
   // Calls on_block(block) for the thread block's unit of work, in practice once, or on_stray(batch, row).
@@ -207,8 +213,10 @@ struct Bwd {
 
   // The copying warp. Its first lane does all that touches memory.
   static __forceinline__ void copy(const HopperBwdProblem& p, uint32 base) {
-    typename Storage::Stages rows(base + Storage::kRowBarriers), do_rows(base + Storage::kDoBarriers);
+    typename Storage::Stages rows(base + Storage::kRowBarriers);
+    typename Storage::DoStages do_rows(base + Storage::kDoBarriers);
     Ring<1> kv_ring(base + Storage::kKvBarriers);
+    int32 statistics = 0;
     const bool first_lane = threadIdx.x == 0;
     auto copy_block = [&](const Block& block) {
       if (block.is_empty()) return;
@@ -227,7 +235,6 @@ struct Bwd {
           load.template operator()<typename Storage::V>(Storage::kV, kv_ring.full(), p.v_map, p.v, row, block.kv_head);
       }
       kv_ring.advance();
-      int32 statistics = 0;
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const int32 row = seq.q.begin + step.n * kC.block_q;
@@ -257,7 +264,6 @@ struct Bwd {
         auto fill_do_rows = [&] {
           do_rows.wait_empty();
           ptx::mbarrier_arrive_expect_tx(do_rows.full(), Storage::O::kBytes + Storage::kStatisticsBytes);
-          // Into another buffer than the last one's: who has released that dO may still need its lse.
           load_statistics(do_rows.full());
           load_do(do_rows.full());
         };
@@ -268,7 +274,7 @@ struct Bwd {
         }
         rows.advance();
         do_rows.advance();
-        statistics = (statistics + 1) % kC.num_stages;
+        statistics = next_statistics(statistics);
       }
     };
     visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
@@ -310,16 +316,23 @@ struct Bwd {
     }
   }
 
+  // The buffer of lse and delta behind this one.
+  static __forceinline__ int32 next_statistics(int32 buffer) {
+    return buffer + 1 < Storage::kStatisticsBuffers ? buffer + 1 : 0;
+  }
+
   // A computing warp's places.
   struct Rings {
-    typename Storage::Stages rows, do_rows;
+    typename Storage::Stages rows;
+    typename Storage::DoStages do_rows;
     Ring<1> kv_ring;
     typename Storage::Turns turns, added;
     typename Storage::Scores scores;      // dS^T of this step
     typename Storage::Scores due_scores;  // of the step before, whose dQ is due; at first a buffer that nobody wrote
-    typename Storage::Scores weights;     // in the pair's second thread block
+    typename Storage::Scores weights;     // from this warpgroup to that of the peer
+    int32 statistics = 0;                 // the buffer of lse and delta
 
-    __forceinline__ explicit Rings(uint32 base)
+    __forceinline__ Rings(uint32 base, int32 warpgroup)
         : rows(base + Storage::kRowBarriers),
           do_rows(base + Storage::kDoBarriers),
           kv_ring(base + Storage::kKvBarriers),
@@ -327,7 +340,7 @@ struct Bwd {
           added(base + Storage::kAddedBarriers),
           scores(base + Storage::kScoreBarriers),
           due_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1),
-          weights(base + Storage::kWeightBarriers) {}
+          weights(base + Storage::weight_barriers(warpgroup)) {}
   };
 
   // What a warp says of a ring's next buffer: that it is done with it, where lanes that have read it have met, or that
@@ -347,8 +360,8 @@ struct Bwd {
 
   // A warp that computes.
   static __forceinline__ void compute(const HopperBwdProblem& p, char* shared, uint32 base) {
-    Rings rings(base);
     const int32 warpgroup = uniform(int32(threadIdx.x) / 128 - 1);
+    Rings rings(base, warpgroup);
     visit_unit(
         p, int32(threadIdx.x) - 128,
         [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rings); },
@@ -409,44 +422,49 @@ struct Bwd {
     // around a branch the compiler would wait for every one.
     __forceinline__ void issue(Sum& dq) {
       rings_.due_scores.wait_full();
-      if (kRole == Role::kWeights && threadIdx.x == 128 && head_ >= 0) expect_from_peer(rings_.due_scores);
+      if (kRole == Role::kWeights && threadIdx.x == 128 && due_.head >= 0)
+        ptx::mbarrier_arrive_expect_tx(rings_.due_scores.full(), Storage::S::kBytes);
       const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
       issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<typename Storage::S>(tile, row_),
                                              ColsOperand<typename Storage::K>(base_ + Storage::kK, k_col()));
     }
-    // When it is done. Then that of the step at hand is due.
-    __forceinline__ void add(const Sum& dq, int32 head, int32 q_row) {
-      if (head_ >= 0) add_due(dq);
-      rings_.due_scores.advance();
-      head_ = head, q_row_ = q_row;
-    }
-    // Behind the last step.
-    __forceinline__ void finish() {
-      if (head_ < 0) return;
-      Sum dq;
-      issue(dq);
-      wait_gemm<0>(dq);
-      add_due(dq);
-    }
-
-   private:
-    __forceinline__ void add_due(const Sum& dq) {
-      if (kPaired && threadIdx.x % 32 == 0) {
-        // Its buffers are free when both thread blocks say so to the one that writes them.
+    // When it is done: it may be added, and that of the step at hand is due.
+    __forceinline__ void advance(int32 head, int32 q_row) {
+      if (kPaired && due_.head >= 0 && threadIdx.x % 32 == 0) {
+        // A buffer is free when both thread blocks say so to the one that writes it.
         if constexpr (kRole == Role::kWeights)
           ptx::mbarrier_arrive_peer(of_peer(rings_.due_scores.empty()));
         else
           rings_.due_scores.release();
       }
+      rings_.due_scores.advance();
+      done_ = due_, due_ = {head, q_row};
+    }
+    __forceinline__ void add(const Sum& dq) {
+      if (done_.head < 0) return;
       if constexpr (kC.deterministic) rings_.turns.wait_full();
-      const int32 row = q_row_ + row_;
-      add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, head_, row), dq, row,
+      const int32 row = done_.row + row_;
+      add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, done_.head, row), dq, row,
                        16 * (int32(threadIdx.x) % 128 / 32), kFirstDqCol + col_, skipped_cols_);
       if constexpr (kC.deterministic) {
         rings_.turns.advance();
         fill(rings_.added);
       }
     }
+    // Behind the last step.
+    __forceinline__ void finish() {
+      if (due_.head < 0) return;
+      Sum dq;
+      issue(dq);
+      wait_gemm<0>(dq);
+      advance(-1, 0);
+      add(dq);
+    }
+
+   private:
+    struct Queries {
+      int32 head = -1, row = 0;  // none
+    };
 
     // In the tile of K.
     __forceinline__ int32 k_col() const { return (kRole == Role::kWeights ? kFirstDqCol : 0) + col_; }
@@ -458,7 +476,7 @@ struct Bwd {
     int32 row_, col_;     // of the thread block's
     int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
     float* accum_;
-    int32 head_ = -1, q_row_ = 0;  // of the step whose dQ is due, if one is
+    Queries due_, done_;
   };
 
   // The lse, or with kDeltaBehindLse the delta, of a thread's pair of queries in n-tile `i`.
@@ -478,8 +496,7 @@ struct Bwd {
   struct Queries {
     int32 head, row;
     bool all_seen;  // by the positional mask
-    int32 stage;
-    int32 statistics;  // the buffer of lse and delta
+    int32 stage, statistics;
     uint32 q_tile, do_tile;
 
     __forceinline__ Queries(const Steps& step, uint32 base, const Rings& rings)
@@ -487,9 +504,9 @@ struct Bwd {
           row(step.n * kC.block_q),
           all_seen(step.is_full()),
           stage(rings.rows.stage()),
-          statistics(kRole == Role::kScores ? rings.weights.stage() : rings.rows.stage()),
+          statistics(rings.statistics),
           q_tile(base + Storage::kQ + stage * Storage::Q::kBytes),
-          do_tile(base + Storage::kDo + stage * Storage::O::kBytes) {}
+          do_tile(base + Storage::kDo + (kPaired ? rings.do_rows.stage() : stage) * Storage::O::kBytes) {}
   };
 
   // A warpgroup with keys of its own.
@@ -564,10 +581,12 @@ struct Bwd {
         late_dq.issue(dq);
         issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(queries.q_tile));
         wait_gemm<1>(dq);
-        late_dq.add(dq, queries.head, queries.row);
+        late_dq.advance(queries.head, queries.row);
+        late_dq.add(dq);
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
+        rings.statistics = next_statistics(rings.statistics);
       }
       late_dq.finish();
       release(rings.kv_ring);
@@ -589,29 +608,36 @@ struct Bwd {
       rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, int32(threadIdx.x) - 128);
       LateDq late_dq(p, base, block, warpgroup, rings);
+      typename LateDq::Sum dq;
+      dq.clear();
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         uint32 left[1][kC.block_q / 16][4];
-        typename LateDq::Sum dq;
-        if constexpr (kOfWeights)
-          weigh(left, p, shared, base, block, queries, in, warpgroup, rings);
-        else
-          find_scores(left, p, shared, base, block, queries, in, warpgroup, rings);
-        late_dq.issue(dq);
+        // The sum of the step before is added while the first product of this one is computed.
+        auto add = [&] { late_dq.add(dq); };
         if constexpr (kOfWeights) {
+          weigh(left, p, shared, base, block, queries, in, warpgroup, rings, add);
           issue_gemm<kDType, true>(sum, left, ColsOperand<O>(queries.do_tile));
+          late_dq.issue(dq);
+          wait_gemm<1>(sum);
+          release(rings.do_rows);
+          wait_gemm<0>(dq);
         } else {
+          find_scores(left, p, shared, base, block, queries, in, warpgroup, rings, add);
+          late_dq.issue(dq);
           rings.rows.wait_full();
           hide_rows_without_keys<Q>(shared, queries, warpgroup, threadIdx.x % 128, queries.q_tile);
           issue_gemm<kDType, true>(sum, left, ColsOperand<Q>(queries.q_tile));
+          wait_gemm<0>(sum);
+          ptx::settled(dq.x[0]);
+          release(rings.rows);
         }
-        wait_gemm<1>(dq);
-        late_dq.add(dq, queries.head, queries.row);
-        wait_gemm<0>(sum);
-        release(kOfWeights ? rings.do_rows : rings.rows);
+        late_dq.advance(queries.head, queries.row);
+        rings.statistics = next_statistics(rings.statistics);
       }
+      late_dq.add(dq);
       late_dq.finish();
       release(rings.kv_ring);
     }
@@ -622,7 +648,8 @@ struct Bwd {
   }
 
   // Weights that a thread sends to the one of the peer that has the same fragments of dP^T.
-  static constexpr int32 kSentBytes = 16 * kComputingThreads;  // at a time
+  static constexpr int32 kSentBytes = 16 * kComputingThreads;    // at a time, by both warpgroups
+  static constexpr int32 kWeightBytes = Storage::S::kBytes / 2;  // of a warpgroup
   static __forceinline__ int32 place_of_weights(int32 buffer) {
     return BwdStorage<kC, Role::kScores>::kP + buffer * Storage::S::kBytes + (int32(threadIdx.x) - 128) * 16;
   }
@@ -630,7 +657,7 @@ struct Bwd {
   // P^T of a step, as a left operand; and, times the slope of the soft cap, for the peer.
   static __forceinline__ void weigh(uint32 (&weights)[1][kC.block_q / 16][4], const HopperBwdProblem& p, char* shared,
                                     uint32 base, const Block& block, const Queries& queries, const ScoreInputs<kC>& in,
-                                    int32 warpgroup, Rings& rings) {
+                                    int32 warpgroup, Rings& rings, auto add) {
     using K = typename Storage::K;
     using Q = typename Storage::Q;
     using O = typename Storage::O;
@@ -642,6 +669,7 @@ struct Bwd {
     hide_rows_without_keys<Q, O>(shared, queries, warpgroup, threadIdx.x % 128, queries.q_tile, queries.do_tile);
     issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
                                            RowsOperand<Q>(queries.q_tile));
+    add();
     wait_gemm<0>(s);
     gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
                      bias_tile(base, queries.stage, warp_key),
@@ -670,7 +698,7 @@ struct Bwd {
   // dS^T of a step, as a left operand; and in both thread blocks' shared memory.
   static __forceinline__ void find_scores(uint32 (&scores)[1][kC.block_q / 16][4], const HopperBwdProblem& p,
                                           char* shared, uint32 base, const Block& block, const Queries& queries,
-                                          const ScoreInputs<kC>& in, int32 warpgroup, Rings& rings) {
+                                          const ScoreInputs<kC>& in, int32 warpgroup, Rings& rings, auto add) {
     using V = typename Storage::V;
     using O = typename Storage::O;
     using S = typename Storage::S;
@@ -684,8 +712,9 @@ struct Bwd {
     gradient.draw(p, in, block.kv_row + warp_key, queries.row);
     wait_gemm<0>(ds);
     release(rings.do_rows);
+    add();
     rings.weights.wait_full();
-    if (threadIdx.x == 128) expect_from_peer(rings.weights);
+    if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive_expect_tx(rings.weights.full(), kWeightBytes);
 #pragma unroll
     for (int32 i = 0; i < kC.block_q / 16; ++i) {
       const int32 place = place_of_weights(rings.weights.stage()) + i * kSentBytes;
