@@ -44,9 +44,9 @@ struct KernelConfig {
   int32 num_warps;   // that compute; on Hopper a multiple of 4, beside a warpgroup that copies
   int32 warps_d;     // portable backward: warps side by side along the head dim of dk and dv; the others lie along the
                      // keys. Portable gradient of the bias: side by side along the queries. Elsewhere 1
-  int32 num_stages;  // buffers: of q and dO in the backward, of k and of v in Hopper's forward, in both of Hopper's of
-                     // bias tiles too; 2 in the gradient of the bias if k and v have one each, in Hopper's of pairs,
-                     // which are k and q or v and dO
+  int32 num_stages;  // buffers: of q and dO in the backward (in a pair of dO, and one more of q), of k and of v in
+                     // Hopper's forward, in both of Hopper's of bias tiles too; 2 in the gradient of the bias if k and
+                     // v have one each, in Hopper's of pairs, which are k and q or v and dO
   int32 min_blocks;  // thread blocks per multiprocessor that registers must allow
 
   bool operator==(const KernelConfig&) const = default;
@@ -91,7 +91,7 @@ inline constexpr int32 kRowKernelThreads = 128;
 inline constexpr int32 kRowKernelRows = 128;
 
 // Hopper's backward of large head dims: a pair of thread blocks, which see each other's shared memory, has the same
-// keys. One of them computes S^T and dV, the other one dP^T and dK.
+// keys. One of them does all products with Q, the other one those with dO.
 static constexpr bool is_paired(Direction direction, Family family, int32 largest_head_dim) {
   return direction == Direction::kBwd && family == Family::kSm90 && largest_head_dim > 128;
 }
@@ -140,10 +140,13 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
 
 // Hopper's backward: buffers of dS, which is read a step late. In one thread block, a warpgroup that writes that of
 // step j has waited until both had written that of step j - 2, and so were done with step j - 3, which read j - 4's:
-// hence no barrier says that a buffer is free. In a pair one does, and there are as many buffers for weights that one
-// thread block hands to the other.
+// hence no barrier says that a buffer is free. In a pair one does, and there are as many for weights that one thread
+// block sends to the other; with the slopes of a soft cap, which take as much, half as many.
 static constexpr int32 score_buffers(const KernelConfig& c) {
   return is_paired(c) ? 2 : 4;
+}
+static constexpr int32 weight_buffers(const KernelConfig& c) {
+  return c.softcap ? 1 : 2;
 }
 
 // Barriers of Hopper's kernels, and what warps tell each other.
@@ -151,19 +154,6 @@ inline constexpr int64 kBarrierBytes = 512;
 
 // Shared memory of a thread block on Hopper.
 inline constexpr int64 kHopperSharedBytes = 227 * 1024;
-
-// Shared memory of the second thread block of a pair in Hopper's backward with so many buffers of dO.
-static constexpr int64 second_of_pair_bytes(const KernelConfig& c, int32 do_buffers) {
-  const int64 k = int64{2} * c.block_kv * block_columns_of_dq(c), v = int64{2} * c.block_kv * c.head_dim_v;
-  const int64 q = int64{2} * c.block_q * c.head_dim, o = int64{2} * c.block_q * c.head_dim_v;
-  const int64 scores = int64{2} * c.block_q * c.block_kv, statistics = int64{8} * c.block_q;
-  return k + v + q + do_buffers * o + 2 * score_buffers(c) * scores + (do_buffers + 1) * statistics + kBarrierBytes;
-}
-
-// Its buffers of dO, two where shared memory has room.
-static constexpr int32 do_buffers(const KernelConfig& c) {
-  return second_of_pair_bytes(c, 2) <= kHopperSharedBytes ? 2 : 1;
-}
 
 // Shared memory of Hopper's forward with so many buffers of Q.
 static constexpr int64 hopper_fwd_bytes(const KernelConfig& c, int32 q_buffers) {
@@ -189,8 +179,9 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
     if (c.direction == Direction::kDbias)
       return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
     if (is_paired(c))
-      return max_of(k + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores + kBarrierBytes,
-                    second_of_pair_bytes(c, do_buffers(c)));
+      return max_of(k + (c.num_stages + 1) * (q + statistics + bias) + score_buffers(c) * scores,
+                    k / 2 + v + c.num_stages * (o + statistics) + 2 * score_buffers(c) * scores) +
+             kBarrierBytes;
     return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores + kBarrierBytes;
   }
   if (c.direction == Direction::kFwd) return max_of(q, o) + k + v + bias;

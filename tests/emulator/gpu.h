@@ -50,6 +50,7 @@ constexpr unsigned kLanes = 32, kMaxThreads = 1024;  // of a cluster
 constexpr size_t kStackBytes = 1 << 18;
 constexpr int kPoison = 0xFF;            // NaN in every format
 constexpr unsigned kSharedBase = 1024;   // the address of shared memory, which starts with what the system reserves
+constexpr unsigned kRankShift = 24;      // and has the block's rank above these bits
 constexpr size_t kSharedMargin = 16384;  // poison behind a block's shared memory that must stay so
 constexpr size_t kSharedCapacity = (1 << 18) + kSharedMargin;  // from one block of a cluster to the next
 
@@ -223,10 +224,18 @@ struct Exchange {
   }
 };
 
+// Addresses of shared memory have the block's rank in the cluster in their upper bits, as on the GPU.
+inline unsigned first_address(const ThreadBlock& block) {
+  return kSharedBase + (unsigned(&block - cluster.data()) << kRankShift);
+}
+inline unsigned offset_of(unsigned address, const ThreadBlock& block = *here) {
+  return address - first_address(block);  // of another block's address: beyond every end
+}
+
 // The place in a block's shared memory of `bytes` bytes, which must be aligned to their number.
 inline char* shared_at(unsigned address, unsigned bytes, const ThreadBlock& block = *here) {
-  const unsigned offset = address - kSharedBase;
-  if (address < kSharedBase || offset + bytes > shared_bytes) fail("shared memory ends before byte %u", offset + bytes);
+  const unsigned offset = offset_of(address, block);
+  if (offset > shared_bytes || offset + bytes > shared_bytes) fail("shared memory ends before byte %u", offset + bytes);
   if (offset % bytes) fail("%u bytes at byte %u of shared memory are not aligned", bytes, offset);
   for (unsigned i = offset; i < offset + bytes; i += 4)
     if (block.in_flight[i / 4]) fail("touches byte %u of shared memory, to which a copy is under way", i);
@@ -236,14 +245,14 @@ inline char* shared_at(unsigned address, unsigned bytes, const ThreadBlock& bloc
 // The same for the copy engine and the products of warpgroups, which see what threads wrote only behind a fence.
 inline char* shared_at_by_proxy(unsigned address, unsigned bytes) {
   char* p = shared_at(address, bytes);
-  const unsigned offset = address - kSharedBase;
+  const unsigned offset = offset_of(address);
   for (unsigned i = offset; i < offset + bytes; i += 4)
     if (here->unfenced[i / 4]) fail("reads byte %u of shared memory without fence.proxy.async", i);
   return p;
 }
 
 inline void wrote_shared(unsigned address, unsigned bytes) {
-  for (unsigned i = address - kSharedBase; i < address - kSharedBase + bytes; i += 4) {
+  for (unsigned i = offset_of(address); i < offset_of(address) + bytes; i += 4) {
     here->unfenced[i / 4] = current->index.x + 1;
     current->unfenced.push_back(i / 4);
   }

@@ -128,7 +128,7 @@ inline void wait_for_last_grid() {}
 // ldmatrix.cuh
 
 inline uint32 shared_address(const void* p) {
-  return emulator::kSharedBase + uint32(static_cast<const char*>(p) - emulator::here->shared);
+  return emulator::first_address(*emulator::here) + uint32(static_cast<const char*>(p) - emulator::here->shared);
 }
 
 template <bool kTrans>
@@ -235,7 +235,7 @@ inline uint32 swizzled(uint32 address, uint32 span) {
 inline void begin_copy(uint32 shared, uint32 bytes, emulator::ThreadBlock& block = *emulator::here) {
   for (uint32 i = 0; i < bytes; i += 4) {
     memset(emulator::shared_at(shared + i, 4, block), emulator::kPoison, 4);
-    block.in_flight[(shared - emulator::kSharedBase + i) / 4] = true;
+    block.in_flight[(emulator::offset_of(shared, block) + i) / 4] = true;
   }
 }
 
@@ -246,7 +246,7 @@ inline void start_transfer(std::function<void()> run) {
 // Of memory as it lies there.
 inline void write_copy(uint32 shared, const void* source, uint32 bytes,
                        emulator::ThreadBlock& block = *emulator::here) {
-  const uint32 target = shared - emulator::kSharedBase;
+  const uint32 target = emulator::offset_of(shared, block);
   memcpy(block.shared + target, source, bytes);
   for (uint32 i = 0; i < bytes; i += 4) block.in_flight[(target + i) / 4] = false;
 }
@@ -274,7 +274,7 @@ inline void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 
           inside = inside && at[d] >= 0 && uint64(at[d]) < boxes.dims[d];
           if (d > 0) offset += at[d] * int64(boxes.strides[d - 1]);
         }
-        const uint32 target = swizzled(shared + r * row_bytes + 2 * c, boxes.swizzle) - emulator::kSharedBase;
+        const uint32 target = emulator::offset_of(swizzled(shared + r * row_bytes + 2 * c, boxes.swizzle));
         uint16 x = 0;
         if (inside) memcpy(&x, boxes.data + offset, 2);
         memcpy(emulator::here->shared + target, &x, 2);
@@ -303,24 +303,23 @@ inline void fence_proxy_async() {
   thread.unfenced.clear();
 }
 
-// cluster.cuh: an address in another block's shared memory has 1 + that block's rank in its upper eight bits, so that
-// it is out of bounds for what may touch only one's own. What is sent there comes as late as the copy engine's copies.
-
-inline constexpr uint32 kRankShift = 24, kAddressMask = (1u << kRankShift) - 1;
+// cluster.cuh: an address in another block's shared memory is out of bounds for what may touch only one's own. What is
+// sent there comes as late as the copy engine's copies.
 
 inline char* own_shared(char*) {
   return emulator::here->shared;
 }
 
 inline uint32 peer_shared(uint32 address, uint32 rank) {
-  if (address > kAddressMask) emulator::fail("%#x is no address in a block's own shared memory", address);
+  if (emulator::offset_of(address) >= emulator::shared_bytes)
+    emulator::fail("%#x is no address in a block's own shared memory", address);
   if (rank >= emulator::cluster.size()) emulator::fail("the cluster has no block %u", rank);
-  return address | (rank + 1) << kRankShift;
+  return address - emulator::first_address(*emulator::here) + emulator::first_address(emulator::cluster[rank]);
 }
 
 // The block at whose shared memory the address is.
 inline emulator::ThreadBlock& peer_at(uint32 peer_address) {
-  const uint32 rank = (peer_address >> kRankShift) - 1;
+  const uint32 rank = peer_address >> emulator::kRankShift;
   if (rank >= emulator::cluster.size()) emulator::fail("%#x is no address in a cluster", peer_address);
   if (!emulator::all_have_started)
     emulator::fail("touches the shared memory of a thread block that may not have started");
@@ -333,26 +332,22 @@ inline void cluster_sync() {
 }
 
 inline void mbarrier_arrive_peer(uint32 peer_barrier) {
-  arrive_at(emulator::mbarrier_at(peer_barrier & kAddressMask, peer_at(peer_barrier)));
-}
-
-inline void mbarrier_wait_peers(uint32 barrier, uint32 parity) {
-  mbarrier_wait(barrier, parity);
+  arrive_at(emulator::mbarrier_at(peer_barrier, peer_at(peer_barrier)));
 }
 
 // Has the copy engine write to another block what `read` returns then.
 template <class Read>
 void send(uint32 peer_address, uint32 bytes, uint32 peer_barrier, Read read) {
-  const uint32 target = peer_address & kAddressMask, barrier = peer_barrier & kAddressMask;
   emulator::ThreadBlock& peer = peer_at(peer_address);
   if (&peer != &peer_at(peer_barrier)) emulator::fail("sends to one block and tells another");
-  if (target % 16 || bytes % 16) emulator::fail("sends %u bytes to byte %u, which is not aligned", bytes, target);
-  emulator::mbarrier_at(barrier, peer);
-  begin_copy(target, bytes, peer);
+  if (peer_address % 16 || bytes % 16)
+    emulator::fail("sends %u bytes to byte %u, which is not aligned", bytes, peer_address);
+  emulator::mbarrier_at(peer_barrier, peer);
+  begin_copy(peer_address, bytes, peer);
   start_transfer([=, &peer] {
     emulator::check_running(peer);
-    write_copy(target, read(), bytes, peer);
-    end_copy(bytes, barrier, peer);
+    write_copy(peer_address, read(), bytes, peer);
+    end_copy(bytes, peer_barrier, peer);
   });
 }
 
@@ -366,7 +361,7 @@ inline void copy_to_peer(uint32 peer_address, uint32 source, uint32 bytes, uint3
   const auto read = [=] {
     emulator::check_running(*emulator::here);
     for (uint32 i = 0; i < bytes; i += 16) emulator::shared_at_by_proxy(source + i, 16);
-    return emulator::here->shared + (source - emulator::kSharedBase);
+    return emulator::here->shared + emulator::offset_of(source);
   };
   read();  // what lies there now may be read as well as what does when the copy takes place
   send(peer_address, bytes, peer_barrier, read);
@@ -410,7 +405,8 @@ std::array<float, 8> operand_chunk(uint64 descriptor, int32 i, int32 k) {
   const uint32 offset = kTransposed ? i / columns * leading + i % columns * 2 + k / 8 * stride + k % 8 * span
                                     : i / 8 * stride + i % 8 * span + 2 * k;
   uint16 x[8];
-  memcpy(x, emulator::shared_at_by_proxy(swizzled(start + offset, span), 16), 16);
+  const uint32 address = emulator::first_address(*emulator::here) - emulator::kSharedBase + start + offset;
+  memcpy(x, emulator::shared_at_by_proxy(swizzled(address, span), 16), 16);
   std::array<float, 8> result;
   for (int32 e = 0; e < 8; ++e) result[e] = unpack<kDType>(x[e]);
   return result;

@@ -8,9 +8,9 @@
 // need not meet, and what one has to do between its products runs beside those of the other.
 //
 // dK and dV of head dims beyond 128 take twice the registers that there are. There the keys are those of a pair of
-// thread blocks, which have roles: one computes S^T, the weights P^T and dV, the other one dP^T and, with the weights
-// that the first one sends into its shared memory, dS^T and dK. dS^T comes back, and each adds one half of the columns
-// of dQ.
+// thread blocks, which reach each other's shared memory. One does all products with Q: S^T, hence the weights P^T, and
+// dK. The other one does those with dO: dP^T and dV, with the weights that the first one sends, and dS^T, which it
+// sends back. Each adds one half of the columns of dQ, and needs half of what comes from memory.
 //
 // dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of it.
 #pragma once
@@ -31,47 +31,44 @@
 
 namespace flash::sm90 {
 
-// What a thread block computes of its keys: everything, or of a pair the first one S^T, P^T and dV, the second one
-// dP^T, dS^T and dK.
-enum class Role { kAll, kWeights, kScores };
+// The products that a thread block does: all, or of a pair those with Q or those with dO.
+enum class Role { kAll, kOfQ, kOfDo };
 
 template <KernelConfig kC, Role kRole>
 struct BwdStorage {
-  // The second one of a pair needs each Q and dO for one product only, and has them while it does another one.
-  static constexpr int32 kStages = kRole == Role::kScores ? 1 : kC.num_stages;
-  static constexpr int32 kDoStages = kRole == Role::kScores ? do_buffers(kC) : kC.num_stages;
-  // In a pair, of S^T = K Q^T and of dQ = dS K, or of the latter only.
-  using K = Tile<kC.block_kv, kRole == Role::kScores ? block_columns_of_dq(kC) : kC.head_dim, panel_cols_of_q(kC)>;
+  static constexpr bool kHasQ = kRole != Role::kOfDo, kHasDo = kRole != Role::kOfQ;
+  // Of a pair, the first one has a Q longer than that of a step: until it knows dS^T.
+  static constexpr int32 kStages = kC.num_stages + (kRole == Role::kOfQ ? 1 : 0);
+  // For S^T = K Q^T and dQ = dS K, or for the latter only.
+  using K = Tile<kC.block_kv, kHasQ ? kC.head_dim : block_columns_of_dq(kC), panel_cols_of_q(kC)>;
   using V = Tile<kC.block_kv, kC.head_dim_v>;
   using Q = Tile<kC.block_q, kC.head_dim, panel_cols_of_q(kC)>;
   using O = Tile<kC.block_q, kC.head_dim_v>;
   using S = Tile<kC.block_kv, kC.block_q>;
   using Bias = BiasTile<kC>;
   using Stages = Ring<kStages>;
-  using DoStages = Ring<kDoStages>;
   using Scores = Ring<score_buffers(kC)>;
+  using Weights = Ring<weight_buffers(kC)>;
   using Turns = Ring<2>;
   // Offsets in bytes: at kDs buffers of dS^T, at kP those of weights that come from the peer.
-  static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + (kRole == Role::kWeights ? 0 : V::kBytes);
-  static constexpr int32 kDo = kQ + kStages * Q::kBytes, kDs = kDo + kDoStages * O::kBytes;
+  static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + (kHasDo ? V::kBytes : 0);
+  static constexpr int32 kDo = kQ + (kHasQ ? kStages * Q::kBytes : 0), kDs = kDo + (kHasDo ? kStages * O::kBytes : 0);
   static constexpr int32 kP = kDs + score_buffers(kC) * S::kBytes;
-  static constexpr int32 kBias = kP + (kRole == Role::kScores ? score_buffers(kC) * S::kBytes : 0);
-  static constexpr int32 kBiasBytes = kC.bias_tiled && kRole != Role::kScores ? Bias::kBytes : 0;
+  static constexpr int32 kBias = kP + (kHasQ ? 0 : 2 * S::kBytes);
+  static constexpr int32 kBiasBytes = kC.bias_tiled && kHasQ ? Bias::kBytes : 0;
   static constexpr int32 kStatistics = kBias + kStages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
-  // They come with dO, which is done with earlier.
-  static constexpr int32 kStatisticsBuffers = kRole == Role::kScores ? kDoStages + 1 : kC.num_stages;
-  static constexpr int32 kEnd = kStatistics + kStatisticsBuffers * kStatisticsBytes;
-  // Barriers lie in the same places in both thread blocks of a pair. Those of rows are of all that has stages, in a
-  // pair of all but dO.
-  static constexpr int32 kRowBarriers = int32(shared_bytes(kC) - kBarrierBytes),
-                         kRingBytes = Ring<kC.num_stages>::kBytes;
-  static constexpr int32 kDoBarriers = kRowBarriers + kRingBytes, kKvBarriers = kDoBarriers + kRingBytes;
+  static constexpr int32 kEnd = kStatistics + kStages * kStatisticsBytes;
+  // Barriers lie in the same places in both thread blocks of a pair.
+  static constexpr int32 kRowBarriers = int32(shared_bytes(kC) - kBarrierBytes);  // of all that has stages
+  static constexpr int32 kKvBarriers = kRowBarriers + Ring<kC.num_stages + 1>::kBytes;
   static constexpr int32 kTurnBarriers = kKvBarriers + Ring<1>::kBytes;
   static constexpr int32 kAddedBarriers = kTurnBarriers + Turns::kBytes;
   static constexpr int32 kScoreBarriers = kAddedBarriers + Turns::kBytes;
   static constexpr int32 kWeightBarriers = kScoreBarriers + Scores::kBytes;  // of two rings
-  static_assert(kWeightBarriers + 2 * Scores::kBytes <= kRowBarriers + kBarrierBytes && kEnd <= kRowBarriers);
-  static __forceinline__ int32 weight_barriers(int32 warpgroup) { return kWeightBarriers + warpgroup * Scores::kBytes; }
+  static_assert(kWeightBarriers + 2 * Weights::kBytes <= kRowBarriers + kBarrierBytes && kEnd <= kRowBarriers);
+  static __forceinline__ int32 weight_barriers(int32 warpgroup) {
+    return kWeightBarriers + warpgroup * Weights::kBytes;
+  }
 };
 
 // Of all that compute, when rows of K and V are zeroed, and of each warpgroup.
@@ -83,7 +80,7 @@ struct Bwd {
   static constexpr int32 kBatchAxes = kC.num_batch_axes;
   static constexpr int32 kComputingThreads = 256;
   static constexpr bool kPaired = kRole != Role::kAll;
-  static constexpr uint32 kRank = kRole == Role::kScores ? 1 : 0;  // in the pair
+  static constexpr uint32 kRank = kRole == Role::kOfDo ? 1 : 0;  // in the pair
   static constexpr int32 kDqShares = column_shares_of_dq(kC), kDqCols = columns_of_dq(kC);
   static constexpr int32 kFirstDqCol = kRank * block_columns_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
@@ -177,29 +174,35 @@ struct Bwd {
       __syncthreads();
   }
 
-  // What dS^T and weights arrive at counts bytes, where a peer sends them, and who reads says so to the sender.
+  // Where a peer sends weights or dS^T, the barrier counts bytes.
   static __forceinline__ void init_barriers(uint32 base) {
     constexpr int32 kWarps = kC.num_warps;
     Storage::Stages::init(base + Storage::kRowBarriers, kWarps);
     Ring<1>::init(base + Storage::kKvBarriers, kWarps);
     Storage::Turns::init(base + Storage::kTurnBarriers, 1);
     Storage::Turns::init(base + Storage::kAddedBarriers, 1, kWarps);
-    constexpr int32 kReaders = kRole == Role::kScores ? 2 * kWarps : kWarps;  // of dS^T, in both thread blocks
-    Storage::Scores::init(base + Storage::kScoreBarriers, kReaders, kRole == Role::kWeights ? 1 : kWarps);
+    constexpr int32 kReaders = kRole == Role::kOfDo ? 2 * kWarps : kWarps;  // of dS^T, in both thread blocks
+    Storage::Scores::init(base + Storage::kScoreBarriers, kReaders, kRole == Role::kOfQ ? 1 : kWarps);
+    if constexpr (kRole == Role::kOfQ)
+      expect_all(typename Storage::Scores(base + Storage::kScoreBarriers), kScoreBytes);
     if constexpr (kPaired) {
-      Storage::DoStages::init(base + Storage::kDoBarriers, kWarps);
-      auto expect_first = [&](int32 barriers, int32 bytes) {
-        typename Storage::Scores ring(base + barriers);
-        for (int32 i = 0; i < score_buffers(kC); ++i, ring.advance())
-          ptx::mbarrier_arrive_expect_tx(ring.full(), bytes);
-      };
-      if constexpr (kRole == Role::kWeights) expect_first(Storage::kScoreBarriers, Storage::S::kBytes);
       for (int32 w = 0; w < 2; ++w) {
-        Storage::Scores::init(base + Storage::weight_barriers(w), kWarps / 2);
-        if constexpr (kRole == Role::kScores) expect_first(Storage::weight_barriers(w), kWeightBytes);
+        Storage::Weights::init(base + Storage::weight_barriers(w), kWarps / 2);
+        if constexpr (kRole == Role::kOfDo)
+          expect_all(typename Storage::Weights(base + Storage::weight_barriers(w)), kWeightBytes);
       }
     }
     ptx::fence_mbarrier_init();
+  }
+
+  // What comes from the peer into one buffer: dS^T, or a warpgroup's weights. By one thread, in front of each phase.
+  static constexpr int32 kScoreBytes = Storage::S::kBytes;
+  static constexpr int32 kWeightBytes = Storage::S::kBytes / 2 * (kC.softcap ? 2 : 1);
+  static __forceinline__ void expect(const auto& ring, int32 bytes) {
+    ptx::mbarrier_arrive_expect_tx(ring.full(), bytes);
+  }
+  static __forceinline__ void expect_all(auto ring, int32 bytes) {
+    for (int32 i = 0; i < ring.kStages; ++i, ring.advance()) expect(ring, bytes);
   }
 
   // Calls on_block(block) for the thread block's unit of work, in practice once, or on_stray(batch, row).
@@ -214,9 +217,7 @@ struct Bwd {
   // The copying warp. Its first lane does all that touches memory.
   static __forceinline__ void copy(const HopperBwdProblem& p, uint32 base) {
     typename Storage::Stages rows(base + Storage::kRowBarriers);
-    typename Storage::DoStages do_rows(base + Storage::kDoBarriers);
     Ring<1> kv_ring(base + Storage::kKvBarriers);
-    int32 statistics = 0;
     const bool first_lane = threadIdx.x == 0;
     auto copy_block = [&](const Block& block) {
       if (block.is_empty()) return;
@@ -230,51 +231,34 @@ struct Bwd {
         kv_ring.wait_empty();
         ptx::mbarrier_arrive_expect_tx(kv_ring.full(), Storage::kQ);
         load.template operator()<typename Storage::K>(Storage::kK, kv_ring.full(), p.k_map, p.k, row, block.kv_head,
-                                                      kRole == Role::kScores ? kFirstDqCol : 0);
-        if constexpr (kRole != Role::kWeights)
+                                                      Storage::kHasQ ? 0 : kFirstDqCol);
+        if constexpr (Storage::kHasDo)
           load.template operator()<typename Storage::V>(Storage::kV, kv_ring.full(), p.v_map, p.v, row, block.kv_head);
       }
       kv_ring.advance();
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
-        const int32 row = seq.q.begin + step.n * kC.block_q;
-        auto load_statistics = [&](uint32 barrier) {
-          ptx::bulk_load(base + Storage::kStatistics + statistics * Storage::kStatisticsBytes,
-                         statistics_of<kBatchAxes>(p, seq, step.head, step.n * kC.block_q), Storage::kStatisticsBytes,
-                         barrier);
-        };
-        auto load_do = [&](uint32 barrier) {
-          load.template operator()<typename Storage::O>(Storage::kDo + do_rows.stage() * Storage::O::kBytes, barrier,
-                                                        p.d_o_map, p.d_o, row, step.head);
-        };
-        auto fill_rows = [&] {
+        if (first_lane) {
+          const int32 row = seq.q.begin + step.n * kC.block_q;
           rows.wait_empty();
-          ptx::mbarrier_arrive_expect_tx(rows.full(),
-                                         Storage::Q::kBytes + Storage::kBiasBytes +
-                                             (kPaired ? 0 : Storage::O::kBytes + Storage::kStatisticsBytes));
-          if constexpr (!kPaired) load_statistics(rows.full());
-          load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
-                                                        p.q_map, p.q, row, step.head);
-          if constexpr (!kPaired) load_do(rows.full());
+          ptx::mbarrier_arrive_expect_tx(rows.full(), (Storage::kHasQ ? Storage::Q::kBytes + Storage::kBiasBytes : 0) +
+                                                          (Storage::kHasDo ? Storage::O::kBytes : 0) +
+                                                          Storage::kStatisticsBytes);
+          ptx::bulk_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes,
+                         statistics_of<kBatchAxes>(p, seq, step.head, step.n * kC.block_q), Storage::kStatisticsBytes,
+                         rows.full());
+          if constexpr (Storage::kHasQ)
+            load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
+                                                          p.q_map, p.q, row, step.head);
+          if constexpr (Storage::kHasDo)
+            load.template operator()<typename Storage::O>(Storage::kDo + rows.stage() * Storage::O::kBytes, rows.full(),
+                                                          p.d_o_map, p.d_o, row, step.head);
           if constexpr (Storage::kBiasBytes > 0)
             load.template operator()<typename Storage::Bias>(Storage::kBias + rows.stage() * Storage::kBiasBytes,
                                                              rows.full(), p.bias_map, p.bias, row,
                                                              p.bias.head_stride ? step.head : 0, block.kv_row);
-        };
-        auto fill_do_rows = [&] {
-          do_rows.wait_empty();
-          ptx::mbarrier_arrive_expect_tx(do_rows.full(), Storage::O::kBytes + Storage::kStatisticsBytes);
-          load_statistics(do_rows.full());
-          load_do(do_rows.full());
-        };
-        if (first_lane) {  // first what is needed first
-          if constexpr (kRole == Role::kScores) fill_do_rows();
-          fill_rows();
-          if constexpr (kRole == Role::kWeights) fill_do_rows();
         }
         rows.advance();
-        do_rows.advance();
-        statistics = next_statistics(statistics);
       }
     };
     visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
@@ -316,31 +300,27 @@ struct Bwd {
     }
   }
 
-  // The buffer of lse and delta behind this one.
-  static __forceinline__ int32 next_statistics(int32 buffer) {
-    return buffer + 1 < Storage::kStatisticsBuffers ? buffer + 1 : 0;
-  }
-
   // A computing warp's places.
   struct Rings {
     typename Storage::Stages rows;
-    typename Storage::DoStages do_rows;
     Ring<1> kv_ring;
     typename Storage::Turns turns, added;
-    typename Storage::Scores scores;      // dS^T of this step
-    typename Storage::Scores due_scores;  // of the step before, whose dQ is due; at first a buffer that nobody wrote
-    typename Storage::Scores weights;     // from this warpgroup to that of the peer
-    int32 statistics = 0;                 // the buffer of lse and delta
+    typename Storage::Scores scores;    // dS^T of this step
+    typename Storage::Weights weights;  // from the warpgroup to that of the peer
+    // Of the step before, whose dQ is due, and where there is dS^T a step late also dK. At first a buffer that nobody
+    // has filled.
+    typename Storage::Scores due_scores;
+    typename Storage::Stages due_rows;
 
     __forceinline__ Rings(uint32 base, int32 warpgroup)
         : rows(base + Storage::kRowBarriers),
-          do_rows(base + Storage::kDoBarriers),
           kv_ring(base + Storage::kKvBarriers),
           turns(base + Storage::kTurnBarriers),
           added(base + Storage::kAddedBarriers),
           scores(base + Storage::kScoreBarriers),
+          weights(base + Storage::weight_barriers(warpgroup)),
           due_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1),
-          weights(base + Storage::weight_barriers(warpgroup)) {}
+          due_rows(base + Storage::kRowBarriers, Storage::kStages - 1, 1) {}
   };
 
   // What a warp says of a ring's next buffer: that it is done with it, where lanes that have read it have met, or that
@@ -374,17 +354,19 @@ struct Bwd {
                                             int32 warpgroup, Rings& rings) {
     const int32 thread = int32(threadIdx.x) - 128, keys = max_of(block.keys, 0);
     const int32 slot_rows = min_of(kC.block_kv, block.seq.kv.size - block.kv_row);  // that must be written
-    if (keys < slot_rows && kRole != Role::kWeights)
+    if (keys < slot_rows && Storage::kHasQ)
       store_zeros<kComputingThreads>(thread, target(p, p.dk, block), p.dk.row_stride, keys, slot_rows,
                                      int32(p.head_dim));
-    if (keys < slot_rows && kRole != Role::kScores)
+    if (keys < slot_rows && Storage::kHasDo)
       store_zeros<kComputingThreads>(thread, target(p, p.dv, block), p.dv.row_stride, keys, slot_rows,
                                      int32(p.head_dim_v));
     if (keys == 0) return;
-    if constexpr (kPaired)
-      compute_role(p, shared, base, block, warpgroup, rings);
+    if constexpr (kRole == Role::kAll)
+      compute_all(p, shared, base, block, warpgroup, rings);
+    else if constexpr (kRole == Role::kOfQ)
+      compute_of_q(p, shared, base, block, warpgroup, rings);
     else
-      compute_keys(p, shared, base, block, warpgroup, rings);
+      compute_of_do(p, shared, base, block, warpgroup, rings);
   }
 
   // The block's first row of dk or dv.
@@ -422,52 +404,50 @@ struct Bwd {
     // around a branch the compiler would wait for every one.
     __forceinline__ void issue(Sum& dq) {
       rings_.due_scores.wait_full();
-      if (kRole == Role::kWeights && threadIdx.x == 128 && due_.head >= 0)
-        ptx::mbarrier_arrive_expect_tx(rings_.due_scores.full(), Storage::S::kBytes);
+      if (kRole == Role::kOfQ && threadIdx.x == 128 && is_due()) expect(rings_.due_scores, kScoreBytes);
       const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
       issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<typename Storage::S>(tile, row_),
                                              ColsOperand<typename Storage::K>(base_ + Storage::kK, k_col()));
     }
-    // When it is done: it may be added, and that of the step at hand is due.
-    __forceinline__ void advance(int32 head, int32 q_row) {
-      if (kPaired && due_.head >= 0 && threadIdx.x % 32 == 0) {
-        // A buffer is free when both thread blocks say so to the one that writes it.
-        if constexpr (kRole == Role::kWeights)
-          ptx::mbarrier_arrive_peer(of_peer(rings_.due_scores.empty()));
-        else
-          rings_.due_scores.release();
-      }
-      rings_.due_scores.advance();
-      done_ = due_, due_ = {head, q_row};
-    }
+    // Whether there is a step before.
+    __forceinline__ bool is_due() const { return head_ >= 0; }
+    // When it is done.
     __forceinline__ void add(const Sum& dq) {
-      if (done_.head < 0) return;
+      if (!is_due()) return;
       if constexpr (kC.deterministic) rings_.turns.wait_full();
-      const int32 row = done_.row + row_;
-      add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, done_.head, row), dq, row,
+      const int32 row = q_row_ + row_;
+      add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, head_, row), dq, row,
                        16 * (int32(threadIdx.x) % 128 / 32), kFirstDqCol + col_, skipped_cols_);
       if constexpr (kC.deterministic) {
         rings_.turns.advance();
         fill(rings_.added);
       }
     }
-    // Behind the last step.
+    // When dS^T has been read. Then that of the step at hand is due; there may be none.
+    __forceinline__ void advance(int32 head = -1, int32 q_row = 0) {
+      if (kPaired && is_due() && threadIdx.x % 32 == 0) {
+        // A buffer is free when both thread blocks say so to the one that writes it.
+        if constexpr (kRole == Role::kOfQ)
+          ptx::mbarrier_arrive_peer(of_peer(rings_.due_scores.empty()));
+        else
+          rings_.due_scores.release();
+      }
+      rings_.due_scores.advance();
+      head_ = head, q_row_ = q_row;
+    }
+    // All of it, behind the last step.
     __forceinline__ void finish() {
-      if (due_.head < 0) return;
+      if (!is_due()) return;
       Sum dq;
       issue(dq);
       wait_gemm<0>(dq);
-      advance(-1, 0);
       add(dq);
+      advance();
     }
 
    private:
-    struct Queries {
-      int32 head = -1, row = 0;  // none
-    };
-
     // In the tile of K.
-    __forceinline__ int32 k_col() const { return (kRole == Role::kWeights ? kFirstDqCol : 0) + col_; }
+    __forceinline__ int32 k_col() const { return (Storage::kHasQ ? kFirstDqCol : 0) + col_; }
 
     const HopperBwdProblem& p_;
     uint32 base_;
@@ -476,7 +456,7 @@ struct Bwd {
     int32 row_, col_;     // of the thread block's
     int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
     float* accum_;
-    Queries due_, done_;
+    int32 head_ = -1, q_row_ = 0;
   };
 
   // The lse, or with kDeltaBehindLse the delta, of a thread's pair of queries in n-tile `i`.
@@ -496,7 +476,7 @@ struct Bwd {
   struct Queries {
     int32 head, row;
     bool all_seen;  // by the positional mask
-    int32 stage, statistics;
+    int32 stage;
     uint32 q_tile, do_tile;
 
     __forceinline__ Queries(const Steps& step, uint32 base, const Rings& rings)
@@ -504,14 +484,13 @@ struct Bwd {
           row(step.n * kC.block_q),
           all_seen(step.is_full()),
           stage(rings.rows.stage()),
-          statistics(rings.statistics),
           q_tile(base + Storage::kQ + stage * Storage::Q::kBytes),
-          do_tile(base + Storage::kDo + (kPaired ? rings.do_rows.stage() : stage) * Storage::O::kBytes) {}
+          do_tile(base + Storage::kDo + stage * Storage::O::kBytes) {}
   };
 
-  // A warpgroup with keys of its own.
-  static __forceinline__ void compute_keys(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
-                                           int32 warpgroup, Rings& rings) {
+  // A warpgroup that does all products of its keys.
+  static __forceinline__ void compute_all(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
+                                          int32 warpgroup, Rings& rings) {
     using K = typename Storage::K;
     using V = typename Storage::V;
     using Q = typename Storage::Q;
@@ -560,7 +539,7 @@ struct Bwd {
         wait_gemm<1>(s);
         gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
                          bias_tile(base, queries.stage, warp_key),
-                         [&](int32 i) { return pair_of(shared, queries.statistics, 0, i); });
+                         [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
         const TileWriter<S> ds_tile(base, Storage::kDs + scores.stage() * S::kBytes, warp_key);
         auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
           Accumulator<16, kC.block_q> kept = s;
@@ -569,7 +548,7 @@ struct Bwd {
           issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
           if constexpr (kFrom == 0) wait_gemm<1>(ds);
           gradient.template scores<kFrom, kTo>(
-              ds, s, p, [&](int32 i) { return pair_of(shared, queries.statistics, kDeltaBehindLse, i); });
+              ds, s, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
           ds_tile.template store<kFrom, kTo>(dscores);
         };
@@ -581,12 +560,11 @@ struct Bwd {
         late_dq.issue(dq);
         issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(queries.q_tile));
         wait_gemm<1>(dq);
-        late_dq.advance(queries.head, queries.row);
         late_dq.add(dq);
+        late_dq.advance(queries.head, queries.row);
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
         release(rows);
-        rings.statistics = next_statistics(rings.statistics);
       }
       late_dq.finish();
       release(rings.kv_ring);
@@ -595,152 +573,181 @@ struct Bwd {
     store_dv(p, block, dv_sum, warp_key);
   }
 
-  // A warpgroup of a pair, whose 64 keys one of the peer has too.
-  static __forceinline__ void compute_role(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
+  // Of a pair: a warpgroup that does its keys' products with Q. dK is a step late too, beside the exponentials.
+  static __forceinline__ void compute_of_q(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
                                            int32 warpgroup, Rings& rings) {
-    constexpr bool kOfWeights = kRole == Role::kWeights;
+    using K = typename Storage::K;
     using Q = typename Storage::Q;
-    using O = typename Storage::O;
-    const int32 warp_key = (int32(threadIdx.x) - 128) / 32 * 16;
-    Accumulator<16, kOfWeights ? kC.head_dim_v : kC.head_dim> sum;
-    sum.clear();
+    using S = typename Storage::S;
+    const int32 thread = int32(threadIdx.x) - 128, warp_key = thread / 32 * 16;
+    Accumulator<16, kC.head_dim> dk_sum;
+    dk_sum.clear();
     if (!block.is_empty()) {
       rings.kv_ring.wait_full();
-      hide_keys_behind(p, base, block, int32(threadIdx.x) - 128);
+      hide_keys_behind(p, base, block, thread);
       LateDq late_dq(p, base, block, warpgroup, rings);
-      typename LateDq::Sum dq;
-      dq.clear();
+      int32 steps = 0;
+      auto issue_dk = [&](int32 stage) {  // what the first step adds is thrown away in the second one
+        const uint32 scores = base + Storage::kDs + rings.due_scores.stage() * S::kBytes;
+        issue_gemm<kDType, kC.block_q>(dk_sum, RowsOperand<S>(scores, 64 * warpgroup),
+                                       ColsOperand<Q>(base + Storage::kQ + stage * Q::kBytes), steps > 1);
+      };
+      auto release_due = [&] {
+        if (late_dq.is_due() && thread % 32 == 0) rings.due_rows.release();
+        rings.due_rows.advance();
+      };
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
-        uint32 left[1][kC.block_q / 16][4];
-        // The sum of the step before is added while the first product of this one is computed.
-        auto add = [&] { late_dq.add(dq); };
-        if constexpr (kOfWeights) {
-          weigh(left, p, shared, base, block, queries, in, warpgroup, rings, add);
-          issue_gemm<kDType, true>(sum, left, ColsOperand<O>(queries.do_tile));
-          late_dq.issue(dq);
-          wait_gemm<1>(sum);
-          release(rings.do_rows);
-          wait_gemm<0>(dq);
-        } else {
-          find_scores(left, p, shared, base, block, queries, in, warpgroup, rings, add);
-          late_dq.issue(dq);
-          rings.rows.wait_full();
-          hide_rows_without_keys<Q>(shared, queries, warpgroup, threadIdx.x % 128, queries.q_tile);
-          issue_gemm<kDType, true>(sum, left, ColsOperand<Q>(queries.q_tile));
-          wait_gemm<0>(sum);
-          ptx::settled(dq.x[0]);
-          release(rings.rows);
-        }
+        Accumulator<16, kC.block_q> s;
+        typename LateDq::Sum dq;
+        rings.rows.wait_full();
+        hide_rows_without_keys<Q>(shared, queries, warpgroup, thread % 128, queries.q_tile);
+        issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
+                                               RowsOperand<Q>(queries.q_tile));
+        late_dq.issue(dq);
+        issue_dk(late_dq.is_due() ? rings.due_rows.stage() : queries.stage);
+        wait_gemm<2>(s);
+        TileGradient<kC, 16, kC.block_q> gradient;
+        gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
+                         bias_tile(base, queries.stage, warp_key),
+                         [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
+        send_weights(s, gradient, base, rings.weights);
+        rings.rows.advance();
+        wait_gemm<1>(dq);
+        late_dq.add(dq);
+        wait_gemm<0>(dk_sum);
+        release_due();
         late_dq.advance(queries.head, queries.row);
-        rings.statistics = next_statistics(rings.statistics);
+        ++steps;
       }
-      late_dq.add(dq);
+      if (steps > 0) {
+        typename LateDq::Sum dq;
+        late_dq.issue(dq);
+        issue_dk(rings.due_rows.stage());
+        wait_gemm<1>(dq);
+        late_dq.add(dq);
+        wait_gemm<0>(dk_sum);
+        release_due();
+        late_dq.advance();
+      }
+      release(rings.kv_ring);
+    }
+    store_dk(p, block, dk_sum, warp_key);
+  }
+
+  // Where a thread finds the weights, and behind them the slopes of a soft cap, that the one with the same keys and
+  // queries has sent: 16 bytes, and as many bytes behind the last ones as all threads of both warpgroups have.
+  static constexpr int32 kSentBytes = 16 * kComputingThreads;
+  static __forceinline__ int32 place_of_weights(int32 buffer) {
+    return BwdStorage<kC, Role::kOfDo>::kP + buffer * Storage::S::kBytes + (int32(threadIdx.x) - 128) * 16;
+  }
+
+  static __forceinline__ void send_weights(const Accumulator<16, kC.block_q>& weights, auto& gradient, uint32 base,
+                                           typename Storage::Weights& ring) {
+    uint32 words[1][kC.block_q / 16][4];
+    pack<kDType>(words, weights);
+    ring.wait_empty();
+    const uint32 target = of_peer(base + place_of_weights(ring.stage())), barrier = of_peer(ring.full());
+#pragma unroll
+    for (int32 i = 0; i < kC.block_q / 16; ++i) {
+      const auto& w = words[0][i];
+      ptx::st_async_x4(target + i * kSentBytes, w[0], w[1], w[2], w[3], barrier);
+      if constexpr (kC.softcap) {
+        const auto& slopes = gradient.slopes()[0];
+        ptx::st_async_x4(target + Storage::S::kBytes + i * kSentBytes, slopes[2 * i][0], slopes[2 * i][1],
+                         slopes[2 * i + 1][0], slopes[2 * i + 1][1], barrier);
+      }
+    }
+    ring.advance();
+  }
+
+  static __forceinline__ void receive_weights(uint32 (&weights)[1][kC.block_q / 16][4], auto& gradient,
+                                              const char* shared, typename Storage::Weights& ring) {
+    ring.wait_full();
+    if (threadIdx.x % 128 == 0) expect(ring, kWeightBytes);
+    const char* source = shared + place_of_weights(ring.stage());
+#pragma unroll
+    for (int32 i = 0; i < kC.block_q / 16; ++i) {
+      const uint4 x = *reinterpret_cast<const uint4*>(source + i * kSentBytes);
+      weights[0][i][0] = x.x, weights[0][i][1] = x.y, weights[0][i][2] = x.z, weights[0][i][3] = x.w;
+      if constexpr (kC.softcap) {
+        auto& slopes = gradient.slopes()[0];
+        const uint4 y = *reinterpret_cast<const uint4*>(source + Storage::S::kBytes + i * kSentBytes);
+        slopes[2 * i][0] = y.x, slopes[2 * i][1] = y.y, slopes[2 * i + 1][0] = y.z, slopes[2 * i + 1][1] = y.w;
+      }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_peer(of_peer(ring.empty()));
+    ring.advance();
+  }
+
+  // Of a pair: a warpgroup that does its keys' products with dO, and dS^T.
+  static __forceinline__ void compute_of_do(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
+                                            int32 warpgroup, Rings& rings) {
+    using V = typename Storage::V;
+    using O = typename Storage::O;
+    const int32 thread = int32(threadIdx.x) - 128, warp_key = thread / 32 * 16;
+    Accumulator<16, kC.head_dim_v> dv_sum;
+    dv_sum.clear();
+    if (!block.is_empty()) {
+      rings.kv_ring.wait_full();
+      hide_keys_behind(p, base, block, thread);
+      LateDq late_dq(p, base, block, warpgroup, rings);
+#pragma unroll 1
+      for (Steps step(p, block); step.exists(); step.advance()) {
+        const Queries queries(step, base, rings);
+        const ScoreInputs<kC> in(p, block.seq, queries.head);
+        Accumulator<16, kC.block_q> ds, weights;
+        uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
+        typename LateDq::Sum dq;
+        rings.rows.wait_full();
+        hide_rows_without_keys<O>(shared, queries, warpgroup, thread % 128, queries.do_tile);
+        issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
+                                                 RowsOperand<O>(queries.do_tile));
+        late_dq.issue(dq);
+        TileGradient<kC, 16, kC.block_q> gradient;
+        gradient.draw(p, in, block.kv_row + warp_key, queries.row);
+        receive_weights(probs, gradient, shared, rings.weights);
+        unpack<kDType>(weights, probs);
+        if constexpr (kC.dropout) {
+          Accumulator<16, kC.block_q> kept = weights;
+          gradient.drop(kept);
+          pack<kDType>(probs, kept);
+        }
+        wait_gemm<1>(ds);
+        issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
+        gradient.scores(ds, weights, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
+        pack<kDType>(dscores, ds);
+        send_scores(dscores, base, warp_key, rings.scores);
+        wait_gemm<1>(dq);
+        late_dq.add(dq);
+        late_dq.advance(queries.head, queries.row);
+        wait_gemm<0>(dv_sum);
+        release(rings.rows);
+      }
       late_dq.finish();
       release(rings.kv_ring);
     }
-    if constexpr (kOfWeights)
-      store_dv(p, block, sum, warp_key);
-    else
-      store_dk(p, block, sum, warp_key);
+    store_dv(p, block, dv_sum, warp_key);
   }
 
-  // Weights that a thread sends to the one of the peer that has the same fragments of dP^T.
-  static constexpr int32 kSentBytes = 16 * kComputingThreads;    // at a time, by both warpgroups
-  static constexpr int32 kWeightBytes = Storage::S::kBytes / 2;  // of a warpgroup
-  static __forceinline__ int32 place_of_weights(int32 buffer) {
-    return BwdStorage<kC, Role::kScores>::kP + buffer * Storage::S::kBytes + (int32(threadIdx.x) - 128) * 16;
-  }
-
-  // P^T of a step, as a left operand; and, times the slope of the soft cap, for the peer.
-  static __forceinline__ void weigh(uint32 (&weights)[1][kC.block_q / 16][4], const HopperBwdProblem& p, char* shared,
-                                    uint32 base, const Block& block, const Queries& queries, const ScoreInputs<kC>& in,
-                                    int32 warpgroup, Rings& rings, auto add) {
-    using K = typename Storage::K;
-    using Q = typename Storage::Q;
-    using O = typename Storage::O;
-    const int32 warp_key = (int32(threadIdx.x) - 128) / 32 * 16;
-    Accumulator<16, kC.block_q> s;
-    TileGradient<kC, 16, kC.block_q> gradient;
-    rings.rows.wait_full();
-    rings.do_rows.wait_full();
-    hide_rows_without_keys<Q, O>(shared, queries, warpgroup, threadIdx.x % 128, queries.q_tile, queries.do_tile);
-    issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
-                                           RowsOperand<Q>(queries.q_tile));
-    add();
-    wait_gemm<0>(s);
-    gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
-                     bias_tile(base, queries.stage, warp_key),
-                     [&](int32 i) { return pair_of(shared, queries.statistics, 0, i); });
-    __syncwarp();  // all lanes have read
-    release(rings.rows);
-    {
-      Accumulator<16, kC.block_q> factors = s;
-      gradient.slope(factors);
-      pack<kDType>(weights, factors);
-    }
-    rings.weights.wait_empty();
-    const uint32 target = of_peer(base + place_of_weights(rings.weights.stage()));
-    const uint32 barrier = of_peer(rings.weights.full());
-#pragma unroll
-    for (int32 i = 0; i < kC.block_q / 16; ++i)
-      ptx::st_async_x4(target + i * kSentBytes, weights[0][i][0], weights[0][i][1], weights[0][i][2], weights[0][i][3],
-                       barrier);
-    rings.weights.advance();
-    if constexpr (kC.softcap || kC.dropout) {
-      gradient.drop(s);
-      pack<kDType>(weights, s);
-    }
-  }
-
-  // dS^T of a step, as a left operand; and in both thread blocks' shared memory.
-  static __forceinline__ void find_scores(uint32 (&scores)[1][kC.block_q / 16][4], const HopperBwdProblem& p,
-                                          char* shared, uint32 base, const Block& block, const Queries& queries,
-                                          const ScoreInputs<kC>& in, int32 warpgroup, Rings& rings, auto add) {
-    using V = typename Storage::V;
-    using O = typename Storage::O;
+  // A warp's part of dS^T, into both thread blocks' shared memory.
+  static __forceinline__ void send_scores(const uint32 (&scores)[1][kC.block_q / 16][4], uint32 base, int32 warp_key,
+                                          typename Storage::Scores& ring) {
     using S = typename Storage::S;
-    const int32 warp_key = (int32(threadIdx.x) - 128) / 32 * 16;
-    Accumulator<16, kC.block_q> ds;
-    TileGradient<kC, 16, kC.block_q> gradient;
-    rings.do_rows.wait_full();
-    hide_rows_without_keys<O>(shared, queries, warpgroup, threadIdx.x % 128, queries.do_tile);
-    issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
-                                             RowsOperand<O>(queries.do_tile));
-    gradient.draw(p, in, block.kv_row + warp_key, queries.row);
-    wait_gemm<0>(ds);
-    release(rings.do_rows);
-    add();
-    rings.weights.wait_full();
-    if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive_expect_tx(rings.weights.full(), kWeightBytes);
-#pragma unroll
-    for (int32 i = 0; i < kC.block_q / 16; ++i) {
-      const int32 place = place_of_weights(rings.weights.stage()) + i * kSentBytes;
-      const uint4 x = *reinterpret_cast<const uint4*>(shared + place);
-      scores[0][i][0] = x.x, scores[0][i][1] = x.y, scores[0][i][2] = x.z, scores[0][i][3] = x.w;
-    }
-    Accumulator<16, kC.block_q> weights;
-    unpack<kDType>(weights, scores);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_peer(of_peer(rings.weights.empty()));
-    rings.weights.advance();
-    gradient.capped_scores(ds, weights, p,
-                           [&](int32 i) { return pair_of(shared, queries.statistics, kDeltaBehindLse, i); });
-    pack<kDType>(scores, ds);
-    const int32 tile = Storage::kDs + rings.scores.stage() * S::kBytes;
-    rings.scores.wait_empty();
+    const int32 tile = Storage::kDs + ring.stage() * S::kBytes;
+    ring.wait_empty();
     TileWriter<S>(base, tile, warp_key).store(scores);
     ptx::fence_proxy_async();
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-      constexpr int32 kWarpBytes = 16 * S::kRowBytes;
-      constexpr int32 kBehind = BwdStorage<kC, Role::kWeights>::kDs - Storage::kDs;  // of the peer's buffers
+      constexpr int32 kBehind = BwdStorage<kC, Role::kOfQ>::kDs - Storage::kDs;  // of the peer's buffers
       const uint32 own = base + tile + warp_key * S::kRowBytes;
-      ptx::copy_to_peer(of_peer(own + kBehind), own, kWarpBytes, of_peer(rings.scores.full()));
+      ptx::copy_to_peer(of_peer(own + kBehind), own, 16 * S::kRowBytes, of_peer(ring.full()));
     }
-    fill(rings.scores);
+    fill(ring);
   }
 
   // Zeros the rows of K and V that lie behind the keys in use: where dS is 0, NaN would make NaN of it. The copy engine
@@ -749,7 +756,7 @@ struct Bwd {
                                                int32 thread) {
     if (block.keys == kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
     zero_rows<typename Storage::K>(base + Storage::kK, block.keys, kC.block_kv, thread, kComputingThreads);
-    if constexpr (kRole != Role::kWeights)
+    if constexpr (Storage::kHasDo)
       zero_rows<typename Storage::V>(base + Storage::kV, block.keys, kC.block_kv, thread, kComputingThreads);
     ptx::fence_proxy_async();
     __syncwarp();
@@ -765,7 +772,7 @@ struct Bwd {
     constexpr int32 kThreadsPerRow = 128 / kC.block_q;
     const int32 row = thread / kThreadsPerRow;
     const char* lse =
-        shared + Storage::kStatistics + queries.statistics * Storage::kStatisticsBytes + statistics_offset(row);
+        shared + Storage::kStatistics + queries.stage * Storage::kStatisticsBytes + statistics_offset(row);
     if (*reinterpret_cast<const float*>(lse) == kNoKey) {
       (zero_rows<Tiles>(tiles, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow), ...);
       ptx::fence_proxy_async();
@@ -781,9 +788,9 @@ __forceinline__ void bwd(const HopperBwdProblem& p) {
   if constexpr (!is_paired(kC))
     Bwd<kC, Role::kAll>::run(p, shared);
   else if (blockIdx.x % 2 == 0)
-    Bwd<kC, Role::kWeights>::run(p, ptx::own_shared(shared));
+    Bwd<kC, Role::kOfQ>::run(p, ptx::own_shared(shared));
   else
-    Bwd<kC, Role::kScores>::run(p, ptx::own_shared(shared));
+    Bwd<kC, Role::kOfDo>::run(p, ptx::own_shared(shared));
 }
 
 }  // namespace flash::sm90

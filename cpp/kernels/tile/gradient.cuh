@@ -106,12 +106,16 @@ class TileGradient {
     }
   }
 
+  // The slopes of the soft cap that weights() has left: for who has only the weights.
+  using Slopes = uint32[kM / 16][kC.softcap ? kN / 8 : 1][2];
+  __forceinline__ Slopes& slopes() { return cap_slope_; }
+
  private:
   __forceinline__ bool keeps(int32 m, int32 n, int32 e) const { return kept_[m][n / 8] >> (n % 8 * 4 + e) & 1; }
 
   uint32 kept_[kM / 16][(kN + 63) / 64] = {};  // bit 4 n + e of the fragments m
   // Of the soft cap, 1 - tanh^2, in pairs of 16 bits: as precise as tanh.approx, and registers are scarce.
-  uint32 cap_slope_[kM / 16][kC.softcap ? kN / 8 : 1][2];
+  Slopes cap_slope_;
 };
 
 // Adds a tile of dq to dq_accum, where `accum` is the place of query `row` of the sequence: the warp's rows from

@@ -59,14 +59,18 @@ __forceinline__ T* uniform(T* x) {
   return reinterpret_cast<T*>(__shfl_sync(~0u, reinterpret_cast<uint64>(x), 0));
 }
 
-// Issues c = a b over kK, or c += a b if kAccumulate, as one group.
-template <DType kDType, int32 kK, bool kAccumulate, int32 kN, class A, class B>
-__forceinline__ void issue_gemm(Accumulator<16, kN>& c, const A& a, const B& b) {
+// Issues c = a b over kK, or c += a b if `accumulate`, as one group.
+template <DType kDType, int32 kK, int32 kN, class A, class B>
+__forceinline__ void issue_gemm(Accumulator<16, kN>& c, const A& a, const B& b, bool accumulate) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int32 k = 0; k < kK; k += 16)
-    ptx::wgmma_ss<kDType, A::kTransposed, B::kTransposed>(c.x[0], a.at(k), b.at(k), kAccumulate || k > 0);
+    ptx::wgmma_ss<kDType, A::kTransposed, B::kTransposed>(c.x[0], a.at(k), b.at(k), accumulate || k > 0);
   ptx::wgmma_commit();
+}
+template <DType kDType, int32 kK, bool kAccumulate, int32 kN, class A, class B>
+__forceinline__ void issue_gemm(Accumulator<16, kN>& c, const A& a, const B& b) {
+  issue_gemm<kDType, kK>(c, a, b, kAccumulate);
 }
 
 // The same with A in registers, as pack() leaves it, or of it the columns [kFrom, kTo).
