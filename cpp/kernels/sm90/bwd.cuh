@@ -606,15 +606,15 @@ struct Bwd {
         hide_rows_without_keys<Q>(shared, queries, warpgroup, thread % 128, queries.q_tile);
         issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
                                                RowsOperand<Q>(queries.q_tile));
-        late_dq.issue(dq);
-        issue_dk(late_dq.is_due() ? rings.due_rows.stage() : queries.stage);
-        wait_gemm<2>(s);
+        wait_gemm<0>(s);
         TileGradient<kC, 16, kC.block_q> gradient;
         gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
                          bias_tile(base, queries.stage, warp_key),
                          [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
         send_weights(s, gradient, base, rings.weights);
         rings.rows.advance();
+        late_dq.issue(dq);
+        issue_dk(late_dq.is_due() ? rings.due_rows.stage() : queries.stage);
         wait_gemm<1>(dq);
         late_dq.add(dq);
         wait_gemm<0>(dk_sum);
@@ -706,7 +706,6 @@ struct Bwd {
         hide_rows_without_keys<O>(shared, queries, warpgroup, thread % 128, queries.do_tile);
         issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
                                                  RowsOperand<O>(queries.do_tile));
-        late_dq.issue(dq);
         TileGradient<kC, 16, kC.block_q> gradient;
         gradient.draw(p, in, block.kv_row + warp_key, queries.row);
         receive_weights(probs, gradient, shared, rings.weights);
@@ -716,7 +715,8 @@ struct Bwd {
           gradient.drop(kept);
           pack<kDType>(probs, kept);
         }
-        wait_gemm<1>(ds);
+        wait_gemm<0>(ds);
+        late_dq.issue(dq);
         issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
         gradient.scores(ds, weights, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
         pack<kDType>(dscores, ds);
