@@ -316,8 +316,8 @@ def test_large_blocks(rng, emulated, case):
     check_dense(rng, emulated, LARGE_BLOCKS[case], HOPPER, large_blocks=True)
 
 
-# The backward of large head dims, whose warpgroups have roles.
-ROLES = {
+# The backward of large head dims, by pairs of thread blocks.
+PAIRS = {
     "everything": {**CASES["everything"], "H": 200, "D": 32, "dtype": F16},
     "192 bias, cap": {"H": 192, "logits_soft_cap": 3.0, "bias": normal(2, 4, 150, 200, dtype=BF16), **BOTTOM},
     "192 segments apart": {"H": 192, **CASES["segments apart"]},
@@ -326,9 +326,9 @@ ROLES = {
 }
 
 
-@pytest.mark.parametrize("case", ROLES)
-def test_roles(rng, emulated, case):
-    check_dense(rng, emulated, ROLES[case], HOPPER)
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(rng, emulated, case):
+    check_dense(rng, emulated, PAIRS[case], HOPPER)
 
 
 @pytest.mark.parametrize("family", [PORTABLE, HOPPER])
@@ -493,7 +493,7 @@ FAMILIES = pytest.mark.parametrize("family", [PORTABLE, HOPPER], ids=["portable"
 @pytest.mark.parametrize(
     "option, dim, family",
     [(option, *kernels) for kernels in ((64, PORTABLE), (128, HOPPER)) for option in PACKED]
-    # Blocks of 128 queries backwards, and warpgroups with roles.
+    # Blocks of 128 queries backwards, and pairs of thread blocks.
     + [("deterministic", 64, HOPPER), ("causal", 192, HOPPER)],
 )
 def test_packed(rng, emulated, option, dim, family):
@@ -532,8 +532,8 @@ def test_order_of_units(runtime, shape):
 )
 def test_bad_offsets(rng, emulated, offsets_q, offsets_kv, longest, family):
     """Any result, but no access outside of the arrays."""
-    for options in ({}, {"is_causal": True, "deterministic": True}):
-        dim = {PORTABLE: 64, HOPPER: 128}[family]  # whose kernels test_packed needs too
+    dims = {PORTABLE: [64], HOPPER: [128, 192]}[family]  # whose kernels test_packed needs too, but for one
+    for options, dim in itertools.product(({}, {"is_causal": True, "deterministic": True}), dims):
         call, arrays, cotangents = packed(rng, offsets_q, offsets_kv, dim, longest, **options)
         with emulated(family=family):
             results_of(call, arrays, cotangents)

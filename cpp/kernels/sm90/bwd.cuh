@@ -37,7 +37,7 @@ enum class Role { kAll, kOfQ, kOfDo };
 template <KernelConfig kC, Role kRole>
 struct BwdStorage {
   static constexpr bool kHasQ = kRole != Role::kOfDo, kHasDo = kRole != Role::kOfQ;
-  // Of a pair, the first one has a Q longer than that of a step: until it knows dS^T.
+  // Of a pair, the first thread block needs Q for a step more, until it knows dS^T.
   static constexpr int32 kStages = kC.num_stages + (kRole == Role::kOfQ ? 1 : 0);
   // For S^T = K Q^T and dQ = dS K, or for the latter only.
   using K = Tile<kC.block_kv, kHasQ ? kC.head_dim : block_columns_of_dq(kC), panel_cols_of_q(kC)>;
@@ -307,8 +307,8 @@ struct Bwd {
     typename Storage::Turns turns, added;
     typename Storage::Scores scores;    // dS^T of this step
     typename Storage::Weights weights;  // from the warpgroup to that of the peer
-    // Of the step before, whose dQ is due, and where there is dS^T a step late also dK. At first a buffer that nobody
-    // has filled.
+    // Of the step before, whose dQ is due, and with products of Q alone also dK. At first a buffer that nobody has
+    // filled.
     typename Storage::Scores due_scores;
     typename Storage::Stages due_rows;
 
@@ -423,15 +423,16 @@ struct Bwd {
         fill(rings_.added);
       }
     }
-    // When dS^T has been read. Then that of the step at hand is due; there may be none.
-    __forceinline__ void advance(int32 head = -1, int32 q_row = 0) {
-      if (kPaired && is_due() && threadIdx.x % 32 == 0) {
-        // A buffer is free when both thread blocks say so to the one that writes it.
-        if constexpr (kRole == Role::kOfQ)
-          ptx::mbarrier_arrive_peer(of_peer(rings_.due_scores.empty()));
-        else
-          rings_.due_scores.release();
-      }
+    // When dS^T has been read: in a pair its buffer is free when both thread blocks say so to the one that writes it.
+    __forceinline__ void release() {
+      if (!kPaired || !is_due() || threadIdx.x % 32 != 0) return;
+      if constexpr (kRole == Role::kOfQ)
+        ptx::mbarrier_arrive_peer(of_peer(rings_.due_scores.empty()));
+      else
+        rings_.due_scores.release();
+    }
+    // Then that of the step at hand is due.
+    __forceinline__ void advance(int32 head, int32 q_row) {
       rings_.due_scores.advance();
       head_ = head, q_row_ = q_row;
     }
@@ -441,8 +442,8 @@ struct Bwd {
       Sum dq;
       issue(dq);
       wait_gemm<0>(dq);
+      release();
       add(dq);
-      advance();
     }
 
    private:
@@ -456,7 +457,7 @@ struct Bwd {
     int32 row_, col_;     // of the thread block's
     int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
     float* accum_;
-    int32 head_ = -1, q_row_ = 0;
+    int32 head_ = -1, q_row_ = 0;  // of the step before
   };
 
   // The lse, or with kDeltaBehindLse the delta, of a thread's pair of queries in n-tile `i`.
@@ -573,7 +574,7 @@ struct Bwd {
     store_dv(p, block, dv_sum, warp_key);
   }
 
-  // Of a pair: a warpgroup that does its keys' products with Q. dK is a step late too, beside the exponentials.
+  // Of a pair: a warpgroup that does its keys' products with Q. dK is a step late too, as dS^T is.
   static __forceinline__ void compute_of_q(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
                                            int32 warpgroup, Rings& rings) {
     using K = typename Storage::K;
@@ -587,21 +588,25 @@ struct Bwd {
       hide_keys_behind(p, base, block, thread);
       LateDq late_dq(p, base, block, warpgroup, rings);
       int32 steps = 0;
-      auto issue_dk = [&](int32 stage) {  // what the first step adds is thrown away in the second one
+      // What is due of the step before, whose Q lies in this stage. In the first step these are products of anything,
+      // and the second one does not add to them.
+      auto finish_last = [&](int32 stage) {
+        typename LateDq::Sum dq;
+        late_dq.issue(dq);
         const uint32 scores = base + Storage::kDs + rings.due_scores.stage() * S::kBytes;
         issue_gemm<kDType, kC.block_q>(dk_sum, RowsOperand<S>(scores, 64 * warpgroup),
                                        ColsOperand<Q>(base + Storage::kQ + stage * Q::kBytes), steps > 1);
-      };
-      auto release_due = [&] {
+        wait_gemm<1>(dq);
+        late_dq.add(dq);
+        wait_gemm<0>(dk_sum);
+        late_dq.release();
         if (late_dq.is_due() && thread % 32 == 0) rings.due_rows.release();
-        rings.due_rows.advance();
       };
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> s;
-        typename LateDq::Sum dq;
         rings.rows.wait_full();
         hide_rows_without_keys<Q>(shared, queries, warpgroup, thread % 128, queries.q_tile);
         issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
@@ -612,26 +617,13 @@ struct Bwd {
                          bias_tile(base, queries.stage, warp_key),
                          [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
         send_weights(s, gradient, base, rings.weights);
+        finish_last(late_dq.is_due() ? rings.due_rows.stage() : queries.stage);
         rings.rows.advance();
-        late_dq.issue(dq);
-        issue_dk(late_dq.is_due() ? rings.due_rows.stage() : queries.stage);
-        wait_gemm<1>(dq);
-        late_dq.add(dq);
-        wait_gemm<0>(dk_sum);
-        release_due();
+        rings.due_rows.advance();
         late_dq.advance(queries.head, queries.row);
         ++steps;
       }
-      if (steps > 0) {
-        typename LateDq::Sum dq;
-        late_dq.issue(dq);
-        issue_dk(rings.due_rows.stage());
-        wait_gemm<1>(dq);
-        late_dq.add(dq);
-        wait_gemm<0>(dk_sum);
-        release_due();
-        late_dq.advance();
-      }
+      if (steps > 0) finish_last(rings.due_rows.stage());
       release(rings.kv_ring);
     }
     store_dk(p, block, dk_sum, warp_key);
@@ -722,6 +714,7 @@ struct Bwd {
         pack<kDType>(dscores, ds);
         send_scores(dscores, base, warp_key, rings.scores);
         wait_gemm<1>(dq);
+        late_dq.release();
         late_dq.add(dq);
         late_dq.advance(queries.head, queries.row);
         wait_gemm<0>(dv_sum);
