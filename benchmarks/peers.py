@@ -293,8 +293,66 @@ def _torch(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
 
+    return _torch_call(forward, (query, key, value), cotangent, pass_, lambda x: x.transpose(1, 2))
+
+
+# FlashAttention-4, whose path for Hopper is the strongest peer, as its package flash-attn-4 has it for torch
+
+
+def _fa4_unavailable(workload: Workload, pass_: str) -> str | None:
+    del pass_
+    if not on_gpu() or jax.devices()[0].compute_capability != "9.0":
+        return "needs a Hopper GPU"
+    if not importlib.util.find_spec("flash_attn") or not importlib.util.find_spec("flash_attn.cute"):
+        return "flash-attn-4 is not installed"
+    if workload.dtype == "float32":
+        return "takes 16-bit inputs only"
+    if workload.bias or workload.mask or workload.alibi or workload.dropout_rate:
+        return "has no bias, mask, ALiBi or dropout"
+    return None
+
+
+def _fa4(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
+    import torch
+    from flash_attn.cute.interface import (  # pyright: ignore[reportMissingImports]
+        flash_attn_func,
+        flash_attn_varlen_func,
+    )
+
+    data = {name: torch.from_dlpack(jax.block_until_ready(array)).clone() for name, array in inputs.items()}
+    query, key, value, cotangent = (data[n] for n in ("query", "key", "value", "cotangent"))
+    for x in (query, key, value):
+        x.requires_grad_(pass_ != "forward")
+    options: dict[str, Any] = {
+        "causal": workload.is_causal,
+        "softcap": workload.softcap or 0.0,
+        "deterministic": workload.deterministic,
+    }
+    if workload.window:
+        options["window_size"] = tuple(None if size < 0 else size for size in workload.window)
+    if workload.sequence_lengths:
+        offsets = torch.tensor(np.cumsum((0, *workload.sequence_lengths)), dtype=torch.int32, device="cuda")
+        longest = max(workload.sequence_lengths)
+        options |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+    def forward():
+        if workload.sequence_lengths:
+            out = flash_attn_varlen_func(query[0], key[0], value[0], **options)
+        else:
+            out = flash_attn_func(query, key, value, **options)
+        return (out[0] if isinstance(out, tuple) else out).reshape(cotangent.shape)
+
+    return _torch_call(forward, (query, key, value), cotangent, pass_, lambda x: x)
+
+
+def _torch_call(
+    forward: Callable[[], Any], operands: tuple[Any, ...], cotangent: Any, pass_: str, view: Callable[[Any], Any]
+) -> Call:
+    """One pass of `forward()`; `view` brings a result, or the gradient of an operand, into our layout."""
+    import torch
+
     def backward(out, keep=False):
-        return torch.autograd.grad(out, (query, key, value), cotangent, retain_graph=keep)
+        return torch.autograd.grad(out, operands, cotangent, retain_graph=keep)
 
     def forward_backward():
         out = forward()
@@ -308,14 +366,14 @@ def _torch(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call
     return Call(
         run=runs[pass_],
         wait=lambda _: torch.cuda.synchronize() if on_gpu() else None,
-        arrays=lambda results: [_from_torch(x) for x in results],
+        arrays=lambda results: [_from_torch(view(x)) for x in results],
     )
 
 
 def _from_torch(x: Any) -> jax.Array:
     import torch
 
-    x = x.detach().transpose(1, 2).contiguous()
+    x = x.detach().contiguous()
     if x.is_cuda:
         torch.cuda.synchronize()
     return jnp.from_dlpack(x)
@@ -327,4 +385,5 @@ PEERS = (
     Peer("cudnn", _cudnn_unavailable, functools.partial(_jax_nn, implementation="cudnn")),
     Peer("mosaic", _mosaic_unavailable, _mosaic),
     Peer("torch", _torch_unavailable, _torch),
+    Peer("fa4", _fa4_unavailable, _fa4),
 )

@@ -670,7 +670,10 @@ struct Bwd {
         slopes[2 * i][0] = y.x, slopes[2 * i][1] = y.y, slopes[2 * i + 1][0] = y.z, slopes[2 * i + 1][1] = y.w;
       }
     }
-    __syncwarp();
+  }
+
+  // Behind a fence of all lanes: only then what they have read has surely left shared memory.
+  static __forceinline__ void release_weights(typename Storage::Weights& ring) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_peer(of_peer(ring.empty()));
     ring.advance();
   }
@@ -713,6 +716,7 @@ struct Bwd {
         gradient.scores(ds, weights, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
         pack<kDType>(dscores, ds);
         send_scores(dscores, base, warp_key, rings.scores);
+        release_weights(rings.weights);
         wait_gemm<1>(dq);
         late_dq.release();
         late_dq.add(dq);
@@ -730,16 +734,14 @@ struct Bwd {
   static __forceinline__ void send_scores(const uint32 (&scores)[1][kC.block_q / 16][4], uint32 base, int32 warp_key,
                                           typename Storage::Scores& ring) {
     using S = typename Storage::S;
-    const int32 tile = Storage::kDs + ring.stage() * S::kBytes;
+    const int32 tile = ring.stage() * S::kBytes, part = tile + warp_key * S::kRowBytes;
     ring.wait_empty();
-    TileWriter<S>(base, tile, warp_key).store(scores);
+    TileWriter<S>(base, Storage::kDs + tile, warp_key).store(scores);
     ptx::fence_proxy_async();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      constexpr int32 kBehind = BwdStorage<kC, Role::kOfQ>::kDs - Storage::kDs;  // of the peer's buffers
-      const uint32 own = base + tile + warp_key * S::kRowBytes;
-      ptx::copy_to_peer(of_peer(own + kBehind), own, 16 * S::kRowBytes, of_peer(ring.full()));
-    }
+    if (threadIdx.x % 32 == 0)
+      ptx::copy_to_peer(of_peer(base + BwdStorage<kC, Role::kOfQ>::kDs + part), base + Storage::kDs + part,
+                        16 * S::kRowBytes, of_peer(ring.full()));
     fill(ring);
   }
 
