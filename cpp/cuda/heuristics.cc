@@ -231,10 +231,10 @@ bool is_uneven(const Problem& p) {
 
 // For num_heads heads, each with so many blocks. least_heads of them share operands of so many rows and bytes in each.
 // Sections are as large as section_bytes allows. Where long units come first, the last one is larger, since their order
-// then fills the multiprocessors to the end. 48 MB of operands are about what the L2
-// cache holds; the longer the sequences, the more is done with what comes from memory instead (cycles in thousands,
-// forward, causal, with 32, 48, 64, 130 MB: head dim 128, 4096 762, 750, 756, 839; 16384 2846, 2755, 2733, 2734; head
-// dim 256, 16384 2703, 2575, 2416, 2319).
+// then fills the multiprocessors to the end. 48 MB of operands are about what the L2 cache holds; the longer the
+// sequences, the more is done with what comes from memory instead (cycles in thousands, forward, causal, with 32, 48,
+// 64, 130 MB: head dim 128, 4096 762, 750, 756, 839; 16384 2846, 2755, 2733, 2734; head dim 256, 16384 2703, 2575,
+// 2416, 2319).
 UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 rows, int64 row_bytes,
                    int64 section_bytes, bool long_first) {
   constexpr int64 kLeastLastBytes = 48 << 20, kLastBytesPerRow = 12 << 10;
@@ -266,9 +266,9 @@ UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c) {
 // If deterministic, short units come first, and turns are passed on fast only while dq_accum is in the L2 cache
 // (causal, 16384, head dim 128: 16 million cycles with 12 heads in the last section, 10.2 with one).
 UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c) {
-  // q and dO in 16 bits, and dq_accum in 32.
+  // q and dO in 16 bits, and dq_accum in 32: of one query head, as blocks go through those of a group in turn.
   return order_of(p, p.num_heads_kv, ceil_div(p.max_seqlen_kv, c.block_kv), 1, p.max_seqlen_q,
-                  2 * group_of(p) * (3 * p.head_dim + p.head_dim_v), 0, is_uneven(p) && !c.deterministic);
+                  2 * (3 * p.head_dim + p.head_dim_v), 0, is_uneven(p) && !c.deterministic);
 }
 
 void override_config(Fields fields) {
