@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 # Fixed, so that an implementation has the same colour in every figure.
-_COLOURS = {"jax_flash": "#d62728", "xla": "#7f7f7f", "cudnn": "#2ca02c", "mosaic": "#1f77b4", "torch": "#ff7f0e", "fa4": "#9467bd"}
+_COLOURS = {
+    "jax_flash": "#d62728",
+    "xla": "#7f7f7f",
+    "cudnn": "#2ca02c",
+    "mosaic": "#1f77b4",
+    "torch": "#ff7f0e",
+    "fa4": "#9467bd",
+}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
