@@ -337,7 +337,9 @@ def _fa4(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
 
     def forward():
         if workload.sequence_lengths:
-            out = flash_attn_varlen_func(query[0], key[0], value[0], **options)
+            out = flash_attn_varlen_func(
+                *(x.squeeze(0) for x in (query, key, value)), **options
+            )  # views, backwards too
         else:
             out = flash_attn_func(query, key, value, **options)
         return (out[0] if isinstance(out, tuple) else out).reshape(cotangent.shape)

@@ -92,16 +92,16 @@ inline constexpr int32 kRowKernelRows = 128;
 
 // Hopper's backward of large head dims: a pair of thread blocks, which see each other's shared memory, has the same
 // keys. One of them does all products with Q, the other one those with dO.
-static constexpr bool is_paired(Direction direction, Family family, int32 largest_head_dim) {
+static constexpr bool in_pairs(Direction direction, Family family, int32 largest_head_dim) {
   return direction == Direction::kBwd && family == Family::kSm90 && largest_head_dim > 128;
 }
-static constexpr bool is_paired(const KernelConfig& c) {
-  return is_paired(c.direction, c.family, max_of(c.head_dim, c.head_dim_v));
+static constexpr bool in_pairs(const KernelConfig& c) {
+  return in_pairs(c.direction, c.family, max_of(c.head_dim, c.head_dim_v));
 }
 
 // Thread blocks of the main kernel that start together.
 static constexpr int32 cluster_size(const KernelConfig& c) {
-  return is_paired(c) ? 2 : 1;
+  return in_pairs(c) ? 2 : 1;
 }
 
 // Tiles in shared memory are stored in panels so wide; where `shares` warpgroups each have their part of the columns,
@@ -140,13 +140,15 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
 
 // Hopper's backward: buffers of dS, which is read a step late. In one thread block, a warpgroup that writes that of
 // step j has waited until both had written that of step j - 2, and so were done with step j - 3, which read j - 4's:
-// hence no barrier says that a buffer is free. In a pair one does, and there are as many for weights that one thread
-// block sends to the other; with the slopes of a soft cap, which take as much, half as many.
+// hence no barrier says that a buffer is free. In a pair one does.
 static constexpr int32 score_buffers(const KernelConfig& c) {
-  return is_paired(c) ? 2 : 4;
+  return in_pairs(c) ? 2 : 4;
 }
+// Tiles of what one thread block of a pair sends to the other: the weights of two steps, or of one and the slopes of
+// the soft cap.
+inline constexpr int32 kSentTiles = 2;
 static constexpr int32 weight_buffers(const KernelConfig& c) {
-  return c.softcap ? 1 : 2;
+  return c.softcap ? kSentTiles / 2 : kSentTiles;
 }
 
 // Barriers of Hopper's kernels, and what warps tell each other.
@@ -178,9 +180,9 @@ static constexpr int64 shared_bytes(const KernelConfig& c) {
     if (c.direction == Direction::kFwd) return hopper_fwd_bytes(c, q_buffers(c));
     if (c.direction == Direction::kDbias)
       return c.num_stages * max_of(k + q, v + o) + bias + 2 * statistics + kBarrierBytes;
-    if (is_paired(c))
+    if (in_pairs(c))
       return max_of(k + (c.num_stages + 1) * (q + statistics + bias) + score_buffers(c) * scores,
-                    k / 2 + v + c.num_stages * (o + statistics) + 2 * score_buffers(c) * scores) +
+                    k / 2 + v + c.num_stages * (o + statistics) + (score_buffers(c) + kSentTiles) * scores) +
              kBarrierBytes;
     return k + v + c.num_stages * (q + o + statistics + bias) + score_buffers(c) * scores + kBarrierBytes;
   }

@@ -192,10 +192,11 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   if (is_for_hopper(c, arch) && !portable) c.family = Family::kSm90;
   const int32 largest_head_dim = max_of(facts.head_dim, facts.head_dim_v);
   const Tiling t = tiling(c, largest_head_dim, arch);
-  // Each of warps_d warps has blocks of 16 columns, and each thread block of a pair whole panels.
-  const int32 unit = t.warps_d > 2 || is_paired(c.direction, c.family, largest_head_dim) ? 64 : 32;
+  // Each of warps_d warps has blocks of 16 columns, and each thread block of a pair whole panels of dQ.
+  const int32 unit_v = t.warps_d > 2 ? 64 : 32;
+  const int32 unit = in_pairs(c.direction, c.family, largest_head_dim) ? 64 : unit_v;
   c.head_dim = tiled_head_dim(facts.head_dim, unit);
-  c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit);
+  c.head_dim_v = tiled_head_dim(facts.head_dim_v, unit_v);
   c.exact = c.head_dim == facts.head_dim && c.head_dim_v == facts.head_dim_v;
   c.block_q = t.block_q;
   c.block_kv = t.block_kv;

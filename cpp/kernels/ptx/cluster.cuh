@@ -6,7 +6,8 @@
 
 namespace flash::ptx {
 
-// Where the thread block's dynamic shared memory starts, of which the linker's name is `shared`.
+// Where the thread block's dynamic shared memory starts, which is called `shared`: for the emulated GPU of tests/,
+// where that is one array for all of a cluster.
 __forceinline__ char* own_shared(char* shared) {
   return shared;
 }
@@ -24,8 +25,9 @@ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Of the order that this makes, a thread needs only that it has read what the peer may then overwrite: release at the
-// scope of the cluster would wait for all that is on its way to global memory too.
+// Says nothing of loads that are still on their way: who lets the peer overwrite what was read must have used it. That
+// much of an order suffices; release at the scope of the cluster would wait for all that is on its way to global
+// memory.
 __forceinline__ void mbarrier_arrive_peer(uint32 barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

@@ -10,7 +10,8 @@
 // dK and dV of head dims beyond 128 take twice the registers that there are. There the keys are those of a pair of
 // thread blocks, which reach each other's shared memory. One does all products with Q: S^T, hence the weights P^T, and
 // dK. The other one does those with dO: dP^T and dV, with the weights that the first one sends, and dS^T, which it
-// sends back. Each adds one half of the columns of dQ, and needs half of what comes from memory.
+// sends back, into shared memory, as dK's left operand too. Each adds one half of the columns of dQ, and needs half of
+// what comes from memory.
 //
 // dQ is summed over thread blocks in global memory, in float32; bwd_postprocess makes dq of it.
 #pragma once
@@ -54,7 +55,7 @@ struct BwdStorage {
   static constexpr int32 kK = 0, kV = kK + K::kBytes, kQ = kV + (kHasDo ? V::kBytes : 0);
   static constexpr int32 kDo = kQ + (kHasQ ? kStages * Q::kBytes : 0), kDs = kDo + (kHasDo ? kStages * O::kBytes : 0);
   static constexpr int32 kP = kDs + score_buffers(kC) * S::kBytes;
-  static constexpr int32 kBias = kP + (kHasQ ? 0 : 2 * S::kBytes);
+  static constexpr int32 kBias = kP + (kHasQ ? 0 : kSentTiles * S::kBytes);
   static constexpr int32 kBiasBytes = kC.bias_tiled && kHasQ ? Bias::kBytes : 0;
   static constexpr int32 kStatistics = kBias + kStages * kBiasBytes, kStatisticsBytes = 8 * kC.block_q;
   static constexpr int32 kEnd = kStatistics + kStages * kStatisticsBytes;
@@ -79,7 +80,7 @@ struct Bwd {
   using Storage = BwdStorage<kC, kRole>;
   static constexpr int32 kBatchAxes = kC.num_batch_axes;
   static constexpr int32 kComputingThreads = 256;
-  static constexpr bool kPaired = kRole != Role::kAll;
+  static constexpr bool kInPair = kRole != Role::kAll;
   static constexpr uint32 kRank = kRole == Role::kOfDo ? 1 : 0;  // in the pair
   static constexpr int32 kDqShares = column_shares_of_dq(kC), kDqCols = columns_of_dq(kC);
   static constexpr int32 kFirstDqCol = kRank * block_columns_of_dq(kC);
@@ -93,7 +94,7 @@ struct Bwd {
   static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
                 registers_at_start(kC) * num_threads(kC));
   static_assert(kC.num_warps == 8 && kC.block_kv == 128 && (kC.block_q == 64 || kC.block_q == 128));
-  static_assert(kPaired == is_paired(kC) && (!kPaired || kC.block_q == 64));
+  static_assert(kInPair == in_pairs(kC) && (!kInPair || kC.block_q == 64));
 
   // One block of keys, from row `kv_row` of the sequence on.
   struct Block {
@@ -163,12 +164,12 @@ struct Bwd {
       ptx::setmaxnreg_inc<kComputingRegisters>();
       compute(p, shared, base);
     }
-    if constexpr (kPaired) meet();  // a peer may still send
+    if constexpr (kInPair) meet();  // a peer may still send
   }
 
   // Of all threads that may reach the thread block's memory.
   static __forceinline__ void meet() {
-    if constexpr (kPaired)
+    if constexpr (kInPair)
       ptx::cluster_sync();
     else
       __syncthreads();
@@ -185,7 +186,7 @@ struct Bwd {
     Storage::Scores::init(base + Storage::kScoreBarriers, kReaders, kRole == Role::kOfQ ? 1 : kWarps);
     if constexpr (kRole == Role::kOfQ)
       expect_all(typename Storage::Scores(base + Storage::kScoreBarriers), kScoreBytes);
-    if constexpr (kPaired) {
+    if constexpr (kInPair) {
       for (int32 w = 0; w < 2; ++w) {
         Storage::Weights::init(base + Storage::weight_barriers(w), kWarps / 2);
         if constexpr (kRole == Role::kOfDo)
@@ -231,7 +232,7 @@ struct Bwd {
         kv_ring.wait_empty();
         ptx::mbarrier_arrive_expect_tx(kv_ring.full(), Storage::kQ);
         load.template operator()<typename Storage::K>(Storage::kK, kv_ring.full(), p.k_map, p.k, row, block.kv_head,
-                                                      Storage::kHasQ ? 0 : kFirstDqCol);
+                                                      kFirstDqCol);
         if constexpr (Storage::kHasDo)
           load.template operator()<typename Storage::V>(Storage::kV, kv_ring.full(), p.v_map, p.v, row, block.kv_head);
       }
@@ -305,10 +306,10 @@ struct Bwd {
     typename Storage::Stages rows;
     Ring<1> kv_ring;
     typename Storage::Turns turns, added;
-    typename Storage::Scores scores;    // dS^T of this step
-    typename Storage::Weights weights;  // from the warpgroup to that of the peer
-    // Of the step before, whose dQ is due, and with products of Q alone also dK. At first a buffer that nobody has
-    // filled.
+    typename Storage::Scores scores;    // dS^T of this step, where it is computed
+    typename Storage::Weights weights;  // in a pair, from a warpgroup to the peer's
+    // Of the step before, whose dQ is due, and where a peer computes dS^T also dK, for which Q is kept. At first
+    // buffers that nobody has filled.
     typename Storage::Scores due_scores;
     typename Storage::Stages due_rows;
 
@@ -407,7 +408,7 @@ struct Bwd {
       if (kRole == Role::kOfQ && threadIdx.x == 128 && is_due()) expect(rings_.due_scores, kScoreBytes);
       const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
       issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<typename Storage::S>(tile, row_),
-                                             ColsOperand<typename Storage::K>(base_ + Storage::kK, k_col()));
+                                             ColsOperand<typename Storage::K>(base_ + Storage::kK, col_));
     }
     // Whether there is a step before.
     __forceinline__ bool is_due() const { return head_ >= 0; }
@@ -425,7 +426,7 @@ struct Bwd {
     }
     // When dS^T has been read: in a pair its buffer is free when both thread blocks say so to the one that writes it.
     __forceinline__ void release() {
-      if (!kPaired || !is_due() || threadIdx.x % 32 != 0) return;
+      if (!kInPair || !is_due() || threadIdx.x % 32 != 0) return;
       if constexpr (kRole == Role::kOfQ)
         ptx::mbarrier_arrive_peer(of_peer(rings_.due_scores.empty()));
       else
@@ -447,14 +448,11 @@ struct Bwd {
     }
 
    private:
-    // In the tile of K.
-    __forceinline__ int32 k_col() const { return (Storage::kHasQ ? kFirstDqCol : 0) + col_; }
-
     const HopperBwdProblem& p_;
     uint32 base_;
     const Block& block_;
     Rings& rings_;
-    int32 row_, col_;     // of the thread block's
+    int32 row_, col_;     // of the thread block's part, which K's tile begins with
     int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
     float* accum_;
     int32 head_ = -1, q_row_ = 0;  // of the step before
@@ -672,7 +670,8 @@ struct Bwd {
     }
   }
 
-  // Behind a fence of all lanes: only then what they have read has surely left shared memory.
+  // Behind send_scores(): every lane has then used all that it read, in what it has stored, and they have met. Without
+  // a use, what is read may leave shared memory later than the arrival does.
   static __forceinline__ void release_weights(typename Storage::Weights& ring) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_peer(of_peer(ring.empty()));
     ring.advance();
@@ -780,12 +779,13 @@ struct Bwd {
 template <KernelConfig kC>
 __forceinline__ void bwd(const HopperBwdProblem& p) {
   extern __shared__ __align__(1024) char shared[];
-  if constexpr (!is_paired(kC))
-    Bwd<kC, Role::kAll>::run(p, shared);
+  char* own = ptx::own_shared(shared);
+  if constexpr (!in_pairs(kC))
+    Bwd<kC, Role::kAll>::run(p, own);
   else if (blockIdx.x % 2 == 0)
-    Bwd<kC, Role::kOfQ>::run(p, ptx::own_shared(shared));
+    Bwd<kC, Role::kOfQ>::run(p, own);
   else
-    Bwd<kC, Role::kOfDo>::run(p, ptx::own_shared(shared));
+    Bwd<kC, Role::kOfDo>::run(p, own);
 }
 
 }  // namespace flash::sm90

@@ -42,7 +42,7 @@ class TileGradient {
     }
   }
 
-  // Draws what dropout keeps: in place of weights() where another warpgroup computes those.
+  // Draws what dropout keeps: in place of weights() where another thread block computes those.
   __forceinline__ void draw(const Problem& p, const ScoreInputs<kC>& in, int32 key, int32 query) {
     if constexpr (kC.dropout)
       for_each_dropout_bit<true, kM, kN>(
