@@ -67,7 +67,7 @@ test-sanitizer-gpu: $(GPU)/installed
 	$(GPU)/bin/pip install --quiet 'nvidia-cuda-sanitizer-api>=13.5'
 	$(GPU)/bin/python -P tests/sanitizer_subset.py
 
-bench-gpu: $(GPU)/installed  ## the GPU table and the host's cost; PyTorch is a peer where it is installed
+bench-gpu: $(GPU)/installed  ## the GPU table and the host's cost; PyTorch and FlashAttention-4 (flash-attn-4) are peers where they are installed
 	$(GPU)/bin/python -m benchmarks.run --group hopper --out out/hopper.json --plot out/hopper.png
 	$(GPU)/bin/python -m benchmarks.host --out out/host.json
 
