@@ -275,25 +275,19 @@ def _torch(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call
 
     # As many threads as XLA takes; torch by itself counts cores, and not always those that it may use.
     torch.set_num_threads(usable_cores())
-    # Copies, as torch may write to what it differentiates; JAX's arrays must be there before another stream reads them.
-    data = {name: torch.from_dlpack(jax.block_until_ready(array)).clone() for name, array in inputs.items()}
-    # torch has [batch, num_heads, seqlen, head_dim]; a view of our layout is what a projection gives there too.
-    query, key, value, cotangent = (data[n].transpose(1, 2) for n in ("query", "key", "value", "cotangent"))
-    for x in (query, key, value):
-        x.requires_grad_(pass_ != "forward")
-
     options = {
-        "attn_mask": data.get("bias", data.get("mask")),
         "dropout_p": workload.dropout_rate,
         "is_causal": workload.is_causal,
+        "enable_gqa": workload.num_heads != workload.num_heads_kv,
     }
-    options["enable_gqa"] = workload.num_heads != workload.num_heads_kv
 
-    def forward():
+    def forward(query, key, value, data):
+        mask = data.get("bias", data.get("mask"))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
-    return _torch_call(forward, (query, key, value), cotangent, pass_, lambda x: x.transpose(1, 2))
+    # torch has [batch, num_heads, seqlen, head_dim]; a view of our layout is what a projection gives there too.
+    return _torch_call(forward, inputs, pass_, lambda x: x.transpose(1, 2))
 
 
 # FlashAttention-4, whose path for Hopper is the strongest peer, as its package flash-attn-4 has it for torch
@@ -319,10 +313,6 @@ def _fa4(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
         flash_attn_varlen_func,
     )
 
-    data = {name: torch.from_dlpack(jax.block_until_ready(array)).clone() for name, array in inputs.items()}
-    query, key, value, cotangent = (data[n] for n in ("query", "key", "value", "cotangent"))
-    for x in (query, key, value):
-        x.requires_grad_(pass_ != "forward")
     options: dict[str, Any] = {
         "causal": workload.is_causal,
         "softcap": workload.softcap or 0.0,
@@ -335,35 +325,46 @@ def _fa4(workload: Workload, inputs: dict[str, jax.Array], pass_: str) -> Call:
         longest = max(workload.sequence_lengths)
         options |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
-    def forward():
-        if workload.sequence_lengths:
-            out = flash_attn_varlen_func(
-                *(x.squeeze(0) for x in (query, key, value)), **options
-            )  # views, backwards too
-        else:
+    def forward(query, key, value, data):
+        del data
+        if not workload.sequence_lengths:
             out = flash_attn_func(query, key, value, **options)
-        return (out[0] if isinstance(out, tuple) else out).reshape(cotangent.shape)
+            return out[0] if isinstance(out, tuple) else out
+        out = flash_attn_varlen_func(query.squeeze(0), key.squeeze(0), value.squeeze(0), **options)  # views
+        return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
 
-    return _torch_call(forward, (query, key, value), cotangent, pass_, lambda x: x)
+    return _torch_call(forward, inputs, pass_, lambda x: x)
 
 
 def _torch_call(
-    forward: Callable[[], Any], operands: tuple[Any, ...], cotangent: Any, pass_: str, view: Callable[[Any], Any]
+    forward: Callable[..., Any], inputs: dict[str, jax.Array], pass_: str, view: Callable[[Any], Any]
 ) -> Call:
-    """One pass of `forward()`; `view` brings a result, or the gradient of an operand, into our layout."""
+    """One pass of `forward(query, key, value, data)`, which has all inputs in `data`.
+
+    `view` brings query, key, value and cotangent into the layout that it wants, and results back.
+    """
     import torch
+
+    # Copies, as torch may write to what it differentiates; JAX's arrays must be there before another stream reads them.
+    data = {name: torch.from_dlpack(jax.block_until_ready(array)).clone() for name, array in inputs.items()}
+    *operands, cotangent = (view(data[name]) for name in ("query", "key", "value", "cotangent"))
+    for x in operands:
+        x.requires_grad_(pass_ != "forward")
+
+    def run_forward():
+        return forward(*operands, data)
 
     def backward(out, keep=False):
         return torch.autograd.grad(out, operands, cotangent, retain_graph=keep)
 
     def forward_backward():
-        out = forward()
+        out = run_forward()
         return out, *backward(out)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Without a kernel it warns with each reason, then raises.
-        out = forward()
-    runs: dict[str, Callable[[], Any]] = {"forward": lambda: (forward(),), "forward_backward": forward_backward}
+        out = run_forward()
+    runs: dict[str, Callable[[], Any]] = {"forward": lambda: (run_forward(),), "forward_backward": forward_backward}
     runs["backward"] = functools.partial(backward, out, keep=True)
     return Call(
         run=runs[pass_],

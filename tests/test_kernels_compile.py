@@ -256,15 +256,19 @@ def test_kernel(case):
 
 
 # Bytes as above. Warps that copy have 24 registers in the backward, and spill most of them.
-HOPPER_SPILLED_BYTES = {"all": 2400, "segments": 900, "softcap": 600, "deterministic": 700}
+HOPPER_SPILLED_BYTES = {"all": 2400, "segments": 900, "softcap": 600}
 OTHER_HOPPER_SPILLED_BYTES = 500
+# Pairs of thread blocks have these warps twice.
+PAIRED_HOPPER_SPILLED_BYTES = HOPPER_SPILLED_BYTES | {"deterministic": 700}
 # The gradient of a bias spills 16 to 52, with ALiBi 196 and with all operands 244: what it knows of its block.
 HOPPER_DBIAS_SPILLED_BYTES = {"all": 300, "alibi": 220}
 OTHER_HOPPER_DBIAS_SPILLED_BYTES = 120
 # Of the instructions between the first and the last product, those that load or store what was spilled: none at all
 # without features, but for the forward of 192 and 256.
-HOPPER_SHARE = {"all": 0.17, "softcap": 0.065, "dropout": 0.045}
+HOPPER_SHARE = {"all": 0.17, "softcap": 0.065, "dropout": 0.02}
 OTHER_HOPPER_SHARE = 0.012
+# In a pair, weights are at hand in 16 bits with and without those dropped.
+PAIRED_HOPPER_SHARE = HOPPER_SHARE | {"dropout": 0.045}
 
 
 def hopper_share_of_local_memory(cubin: bytes, c: dict[str, int]) -> float:
@@ -332,7 +336,8 @@ def test_hopper_kernel(case):
     if case.direction == DBIAS:
         assert max(spills) <= HOPPER_DBIAS_SPILLED_BYTES.get(case.feature or "", OTHER_HOPPER_DBIAS_SPILLED_BYTES)
     else:
-        assert max(spills) <= HOPPER_SPILLED_BYTES.get(case.feature or "", OTHER_HOPPER_SPILLED_BYTES)
+        bounds = PAIRED_HOPPER_SPILLED_BYTES if is_in_pairs(config) else HOPPER_SPILLED_BYTES
+        assert max(spills) <= bounds.get(case.feature or "", OTHER_HOPPER_SPILLED_BYTES)
     counts = exponentials_beside_products(cubin, case.direction)
     if case.direction == FORWARD:  # the three steps: a unit's first, and with and without the positional mask
         halved = config["num_warps"] == 12 and max(config["head_dim"], config["head_dim_v"]) > 64
@@ -343,7 +348,8 @@ def test_hopper_kernel(case):
         # Beside dP^T, but for some of a second half of the queries: beside dV of the first. In pairs of thread blocks
         # they run beside the other warpgroup's products.
         assert counts[0] >= config["block_q"] / 4 and sum(counts) >= config["block_q"] / 2
-    assert hopper_share_of_local_memory(cubin, config) <= HOPPER_SHARE.get(case.feature or "", OTHER_HOPPER_SHARE)
+    shares = PAIRED_HOPPER_SHARE if is_in_pairs(config) else HOPPER_SHARE
+    assert hopper_share_of_local_memory(cubin, config) <= shares.get(case.feature or "", OTHER_HOPPER_SHARE)
 
 
 @pytest.mark.parametrize("override", [{"family": PORTABLE}, {"family": HOPPER}, {}], ids=str)

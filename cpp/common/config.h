@@ -154,9 +154,6 @@ static constexpr int32 weight_buffers(const KernelConfig& c) {
 // Barriers of Hopper's kernels, and what warps tell each other.
 inline constexpr int64 kBarrierBytes = 512;
 
-// Shared memory of a thread block on Hopper.
-inline constexpr int64 kHopperSharedBytes = 227 * 1024;
-
 // Shared memory of Hopper's forward with so many buffers of Q.
 static constexpr int64 hopper_fwd_bytes(const KernelConfig& c, int32 q_buffers) {
   const int64 q = int64{2} * c.block_q * c.head_dim, kv = int64{2} * c.block_kv * (c.head_dim + c.head_dim_v);
@@ -166,7 +163,8 @@ static constexpr int64 hopper_fwd_bytes(const KernelConfig& c, int32 q_buffers) 
 
 // Hopper's forward: buffers of Q, two where shared memory has room, so that the next unit's comes beside this one.
 static constexpr int32 q_buffers(const KernelConfig& c) {
-  return hopper_fwd_bytes(c, 2) <= kHopperSharedBytes ? 2 : 1;
+  constexpr int64 kSharedBytes = 227 * 1024;
+  return hopper_fwd_bytes(c, 2) <= kSharedBytes ? 2 : 1;
 }
 
 // Dynamic shared memory of the main kernel; the kernels hold their storage to it.

@@ -230,7 +230,7 @@ struct Bwd {
       if (first_lane) {
         const int32 row = seq.kv.begin + block.kv_row;
         kv_ring.wait_empty();
-        ptx::mbarrier_arrive_expect_tx(kv_ring.full(), Storage::kQ);
+        ptx::mbarrier_arrive_expect_tx(kv_ring.full(), Storage::kQ);  // all that lies in front of Q: K, and V if here
         load.template operator()<typename Storage::K>(Storage::kK, kv_ring.full(), p.k_map, p.k, row, block.kv_head,
                                                       kFirstDqCol);
         if constexpr (Storage::kHasDo)

@@ -50,8 +50,7 @@ class TileGradient {
           [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
   }
 
-  // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias; if the slope() of weights
-  // is given in their place, that of the raw products, without the scale. delta(n) is like lse(n).
+  // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias. delta(n) is like lse(n).
   template <int32 kFrom = 0, int32 kTo = kN, class Delta>
   __forceinline__ void capped_scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
                                      Delta delta) const {
@@ -76,12 +75,6 @@ class TileGradient {
   __forceinline__ void scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
                               Delta delta) const {
     capped_scores<kFrom, kTo>(ds, weights, p, delta);
-    slope<kFrom, kTo>(ds);
-  }
-
-  // Multiplies by the slope of the soft cap: a gradient behind it, or the weights that are to be its factor.
-  template <int32 kFrom = 0, int32 kTo = kN>
-  __forceinline__ void slope(Accumulator<kM, kN>& x) const {
     if constexpr (kC.softcap) {
 #pragma unroll
       for (int32 m = 0; m < kM / 16; ++m)
@@ -89,7 +82,7 @@ class TileGradient {
         for (int32 n = kFrom / 8; n < kTo / 8; ++n)
 #pragma unroll
           for (int32 e = 0; e < 4; ++e)
-            x.x[m][n][e] *= ptx::unpack<DType::kF16>(uint16(cap_slope_[m][n][e / 2] >> (16 * (e % 2))));
+            ds.x[m][n][e] *= ptx::unpack<DType::kF16>(uint16(cap_slope_[m][n][e / 2] >> (16 * (e % 2))));
     }
   }
 
