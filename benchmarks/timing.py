@@ -10,13 +10,15 @@ import numpy as np
 from .peers import Call
 
 _SECONDS_PER_SAMPLE = 0.02
+_WARM_UP_SAMPLES = 3
 
 
 def measure(calls: Mapping[str, Call], rounds: int, on_gpu: bool) -> dict[str, list[float]]:
     """Seconds per call, one sample per round, of calls that have been run before (compiled).
 
-    On a GPU a sample is many calls and one wait at the end, so that the host's latency hides behind the device's work.
-    On a CPU every call is waited for, since XLA would otherwise run several at once.
+    On a GPU a sample is many calls and one wait at the end, so that the host's latency hides behind the device's work;
+    and in front of it run as many as three samples take, untimed: the clock follows the power that was drawn lately,
+    which would be a neighbour's. On a CPU every call is waited for, since XLA would otherwise run several at once.
     """
     # A GPU's first estimate is over some calls, since a single one is mostly the host's latency.
     counts = {
@@ -28,6 +30,8 @@ def measure(calls: Mapping[str, Call], rounds: int, on_gpu: bool) -> dict[str, l
         for name in list(calls)[:: -1 if i % 2 else 1]:
             if not on_gpu:
                 time.sleep(0.01)  # OpenMP's idle threads spin for a while, and would take cores from the next one.
+            else:
+                _sample(calls[name], _WARM_UP_SAMPLES * counts[name], on_gpu)
             samples[name].append(_sample(calls[name], counts[name], on_gpu))
     return samples
 

@@ -224,8 +224,8 @@ struct BwdBlock {
       Accumulator<kDqRows, kC.head_dim / kWarpsCols> dq;
       dq.clear();
       gemm<kDType, kC.block_kv>(dq, ds_cols, k_cols);
-      add_to_dq<kC, kWarpsCols>(p, seq, accum_block_of<kBatchAxes>(p, seq, head, q_row), dq, q_row, warp_q * kDqRows,
-                                16 * warp_col);
+      float* place = own_place(p, accum_block_of<kBatchAxes>(p, seq, head, q_row), warp_q * kDqRows, 16 * warp_col);
+      add_to_dq<kC, kWarpsCols>(p, seq, place, dq, q_row, warp_q * kDqRows, 16 * warp_col);
     };
     int32 stage = 0;
     for (int32 head = first_head; head < end_head; ++head) {

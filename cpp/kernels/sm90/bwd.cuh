@@ -399,11 +399,15 @@ struct Bwd {
           row_(kDqShares == 1 ? 64 * warpgroup : 0),
           col_(kDqShares == 2 ? (block_columns_of_dq(kC) - kDqCols) * warpgroup : 0),
           skipped_cols_((kDqShares * kDqCols - block_columns_of_dq(kC)) * warpgroup),
-          accum_(uniform(accum_block_of<kBatchAxes>(p, block.seq, 0, 0))) {}
+          warp_row_(uniform(row_ + int32(threadIdx.x) % 128 / 32 * 16)),
+          place_(own_place(p, accum_block_of<kBatchAxes>(p, block.seq, 0, 0), warp_row_, kFirstDqCol + col_)) {}
 
     // Issues that of the step before, once everyone's dS^T is there. In the first step it is a product of anything, as
     // around a branch the compiler would wait for every one.
     __forceinline__ void issue(Sum& dq) {
+      const int64 offset = head_ * p_.dq_accum.head_stride + q_row_ / kAccumRows * p_.dq_accum.row_stride;
+      place_ += offset - offset_;
+      offset_ = offset;
       rings_.due_scores.wait_full();
       if (kRole == Role::kOfQ && threadIdx.x == 128 && is_due()) expect(rings_.due_scores, kScoreBytes);
       const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
@@ -416,9 +420,7 @@ struct Bwd {
     __forceinline__ void add(const Sum& dq) {
       if (!is_due()) return;
       if constexpr (kC.deterministic) rings_.turns.wait_full();
-      const int32 row = q_row_ + row_;
-      add_to_dq<kC, 1>(p_, block_.seq, accum_block_behind(p_, accum_, head_, row), dq, row,
-                       16 * (int32(threadIdx.x) % 128 / 32), kFirstDqCol + col_, skipped_cols_);
+      add_to_dq<kC, 1>(p_, block_.seq, place_, dq, q_row_, warp_row_, kFirstDqCol + col_, skipped_cols_);
       if constexpr (kC.deterministic) {
         rings_.turns.advance();
         fill(rings_.added);
@@ -454,7 +456,11 @@ struct Bwd {
     Rings& rings_;
     int32 row_, col_;     // of the thread block's part, which K's tile begins with
     int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
-    float* accum_;
+    int32 warp_row_;      // the first of a warp
+    // The thread's place in dq_accum, where the tile due begins `offset_` behind the sequence. It moves on in the
+    // middle of a step: additions read their registers late, and who writes to these before waits for them.
+    float* place_;
+    int64 offset_ = 0;
     int32 head_ = -1, q_row_ = 0;  // of the step before
   };
 
@@ -524,7 +530,7 @@ struct Bwd {
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         typename LateDq::Sum dq;
         rows.wait_full();
-        hide_rows_without_keys<Q, O>(shared, queries, warpgroup, thread % 128, queries.q_tile, queries.do_tile);
+        hide_rows_without_keys<Q, O>(shared, queries, warpgroup, queries.q_tile, queries.do_tile);
         if constexpr (kKvInRegisters) {
           issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(queries.q_tile));
           issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(queries.do_tile));
@@ -606,7 +612,7 @@ struct Bwd {
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> s;
         rings.rows.wait_full();
-        hide_rows_without_keys<Q>(shared, queries, warpgroup, thread % 128, queries.q_tile);
+        hide_rows_without_keys<Q>(shared, queries, warpgroup, queries.q_tile);
         issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
                                                RowsOperand<Q>(queries.q_tile));
         wait_gemm<0>(s);
@@ -697,7 +703,7 @@ struct Bwd {
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         typename LateDq::Sum dq;
         rings.rows.wait_full();
-        hide_rows_without_keys<O>(shared, queries, warpgroup, thread % 128, queries.do_tile);
+        hide_rows_without_keys<O>(shared, queries, warpgroup, queries.do_tile);
         issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
                                                  RowsOperand<O>(queries.do_tile));
         TileGradient<kC, 16, kC.block_q> gradient;
@@ -761,14 +767,16 @@ struct Bwd {
   // what stands there would be NaN also when multiplied by their weights of 0. Each warpgroup does it for itself.
   template <class... Tiles, class... Addresses>
   static __forceinline__ void hide_rows_without_keys(const char* shared, const Queries& queries, int32 warpgroup,
-                                                     int32 thread, Addresses... tiles) {
+                                                     Addresses... tiles) {
     if (!kDataMasks<kC> && queries.all_seen) return;
+    uint32 thread = threadIdx.x % 128;
+    ptx::opaque(thread);  // or what follows from it is computed in front of the loop, and holds registers
     constexpr int32 kThreadsPerRow = 128 / kC.block_q;
-    const int32 row = thread / kThreadsPerRow;
+    const int32 row = int32(thread) / kThreadsPerRow;
     const char* lse =
         shared + Storage::kStatistics + queries.stage * Storage::kStatisticsBytes + statistics_offset(row);
     if (*reinterpret_cast<const float*>(lse) == kNoKey) {
-      (zero_rows<Tiles>(tiles, row, row + 1, thread % kThreadsPerRow, kThreadsPerRow), ...);
+      (zero_rows<Tiles>(tiles, row, row + 1, int32(thread) % kThreadsPerRow, kThreadsPerRow), ...);
       ptx::fence_proxy_async();
     }
     __syncwarp();

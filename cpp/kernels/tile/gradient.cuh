@@ -111,15 +111,20 @@ class TileGradient {
   Slopes cap_slope_;
 };
 
-// Adds a tile of dq to dq_accum, where `accum` is the place of query `row` of the sequence: the warp's rows from
-// `warp_row` behind that one on, of n-tiles those that are dealt (see dealt_column) to the warps whose first is at
-// column `col`, but for skipped_cols in front. What differs between threads fits into 32 bits, so that the rest is
-// computed once for a warp.
+// A thread's place in a tile of dq_accum, where `accum` is that of the tile's first query: the warp's rows from
+// warp_row on, columns from `col` on.
+__forceinline__ float* own_place(const BwdProblem& p, float* accum, int32 warp_row, int32 col) {
+  const int32 row_floats = int32(p.dq_accum.row_stride);
+  return accum + uint32(warp_row / kAccumRows * row_floats + col / 8 * 128 + int32(threadIdx.x % 32) * 4);
+}
+
+// Adds a tile of dq to dq_accum at the thread's place: the warp's rows from warp_row behind query `row` of the sequence
+// on, of n-tiles those that are dealt (see dealt_column) to the warps whose first is at column `col`, but for
+// skipped_cols in front.
 template <KernelConfig kC, int32 kGroups, int32 kM, int32 kN>
-__forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, float* accum, const Accumulator<kM, kN>& dq,
+__forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, float* place, const Accumulator<kM, kN>& dq,
                                int32 row, int32 warp_row, int32 col, int32 skipped_cols = 0) {
   const int32 row_floats = int32(p.dq_accum.row_stride), first_tile = col / 8;
-  float* target = accum + uint32(warp_row / kAccumRows * row_floats + first_tile * 128 + int32(threadIdx.x % 32) * 4);
 #pragma unroll
   for (int32 m = 0; m < kM / 16; ++m)
 #pragma unroll
@@ -128,7 +133,7 @@ __forceinline__ void add_to_dq(const BwdProblem& p, const Sequence& seq, float* 
       const float(&x)[4] = dq.x[m][n];
       if (row + warp_row + 16 * m < seq.q.used && 8 * tile >= skipped_cols &&
           (kC.exact || (first_tile + tile) * 128 < row_floats))
-        ptx::red_add_x4(target + m * row_floats + tile * 128, x[0], x[1], x[2], x[3]);
+        ptx::red_add_x4(place + m * row_floats + tile * 128, x[0], x[1], x[2], x[3]);
     }
 }
 

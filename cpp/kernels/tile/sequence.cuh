@@ -119,10 +119,6 @@ __forceinline__ float* accum_block_of(const BwdProblem& p, const Sequence& s, in
   return address_of<float, kBatchAxes>(p, p.dq_accum, s.batch, head,
                                        s.q.begin / kAccumRows + s.index + row / kAccumRows);
 }
-// The same from `first`, that of head 0 and row 0 of the sequence.
-__forceinline__ float* accum_block_behind(const BwdProblem& p, float* first, int64 head, int32 row) {
-  return first + head * p.dq_accum.head_stride + row / kAccumRows * p.dq_accum.row_stride;
-}
 
 // In place of the lse of rows that see no key, so that 2^(s - lse) is 0 whatever s.
 inline constexpr float kNoKey = kInfinity;
