@@ -429,6 +429,7 @@ BACKWARD = (
         "delta": ((2, N, T), F32),
         "dq_accum": ((2, N, T // 16 + 1, 16 * -(-H // 8) * 8), F32),
         "statistics": ((2, N, T // 128 + 1, 256), F32),
+        "next_unit": ((2,), jnp.int32),
     },
 )
 DBIAS = (
@@ -496,8 +497,8 @@ MISUSE = [
     (BACKWARD, {"d_out": ABSENT}, {}, {}, "d_out is missing"),
     (BACKWARD, {"lse": ones(2, T, N)}, {}, {}, "lse has size 4"),
     (BACKWARD, {}, {"key": ((2, S, N, H), F32)}, {}, "dk has size 4 on axis 2, expected 2"),
-    (BACKWARD, {}, {"delta": ABSENT, "dq_accum": ABSENT, "statistics": ABSENT}, {}, "delta is not among the results"),
-    (BACKWARD, {}, {"dq_accum": ABSENT, "statistics": ABSENT}, {}, "dq_accum is not among the results"),
+    (BACKWARD, {}, {"delta": ABSENT, "dq_accum": ABSENT, "statistics": ABSENT, "next_unit": ABSENT}, {}, "delta is not among the results"),
+    (BACKWARD, {}, {"dq_accum": ABSENT, "statistics": ABSENT, "next_unit": ABSENT}, {}, "dq_accum is not among the results"),
     (BACKWARD, {}, {"dq_accum": ((2, N, T // 16, 128), F32)}, {}, "dq_accum has size"),
     (BACKWARD, {}, {"statistics": ((2, N, T // 128, 256), F32)}, {}, "statistics has size"),
     (BACKWARD, {}, {}, {"deterministic": True}, "tickets is not among the results"),

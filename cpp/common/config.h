@@ -104,6 +104,12 @@ static constexpr int32 cluster_size(const KernelConfig& c) {
   return in_pairs(c) ? 2 : 1;
 }
 
+// Hopper's backward: whether a thread block does one unit of work after the other, as a counter hands them out. Both
+// thread blocks of a pair would have to be told; and a unit of which others await the turn must not wait itself.
+static constexpr bool stays_on_multiprocessor(const KernelConfig& c) {
+  return !in_pairs(c) && !c.deterministic;
+}
+
 // Tiles in shared memory are stored in panels so wide; where `shares` warpgroups each have their part of the columns,
 // parts are whole panels.
 static constexpr int32 panel_cols(int32 cols, int32 shares = 1) {

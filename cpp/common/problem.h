@@ -88,6 +88,7 @@ struct BwdProblem : Problem {
   // Scratch memory of the CUDA kernels, without meaning to the caller. Not zero when the call starts.
   View dq_accum;    // [batch, head, block, float] float32: the sums that become dq, see kernels/tile/sequence.cuh
   View statistics;  // [batch, head, block, float] float32: lse and delta for the main kernel, see there too
+  View next_unit;   // one int32, which hands out work
   View tickets;  // [batch, head, row] int32, if deterministic: whose turn it is to add to the block that starts there
 };
 
@@ -140,8 +141,7 @@ struct HopperDbiasProblem : DbiasProblem {
 static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096 &&
               sizeof(HopperDbiasProblem) <= 4096);
 
-// Hopper's forward: whether there are more units of work than two for each thread block, which none needs the counter
-// for.
+// Whether there are more units of work than two for each thread block, or cluster, which none needs the counter for.
 static constexpr bool asks_for_units(int64 units, int64 blocks) {
   return units > 2 * blocks;
 }

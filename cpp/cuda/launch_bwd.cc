@@ -8,12 +8,18 @@
 namespace flash::cuda {
 namespace {
 
+// Without queries bwd_preprocess does not run, which zeroes the counter that hands out units.
+int64 blocks_of(const KernelConfig& c, int64 units, bool has_queries, int32 device) {
+  return stays_on_multiprocessor(c) && has_queries ? min_of<int64>(units, multiprocessors_of(device))
+                                                   : units * cluster_size(c);
+}
+
 void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream,
                    bool starts_early) {
   HopperBwdProblem h = {p};
   encode_tensor_maps(h, c);
   h.order = unit_order(p, c);
-  launch(kernel, blocks * cluster_size(c), num_threads(c), shared_bytes(c), stream, &h, starts_early);
+  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
 
 }  // namespace
@@ -29,9 +35,10 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;
   const bool early = can_start_early(device);
   launch(kernels.entry[0], row_blocks, kRowKernelThreads, 0, stream, &p);
-  if (c.family == Family::kSm90 && blocks > 0)
-    launch_hopper(p, c, kernels.entry[1], blocks, stream, early);
-  else
+  if (c.family == Family::kSm90 && blocks > 0) {
+    check_count(2 * blocks);
+    launch_hopper(p, c, kernels.entry[1], blocks_of(c, blocks, row_blocks > 0, device), stream, early);
+  } else
     launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &p, early);
   launch(kernels.entry[2], row_blocks, kRowKernelThreads, 0, stream, &p, early);
 }

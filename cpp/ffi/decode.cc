@@ -314,7 +314,8 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
     p.statistics = d.result(
         5, "statistics",
         {head, {&View::row_stride, statistics_blocks}, {&View::col_stride, int64{2} * kStatisticsBlock}}, kF32);
-    if (attrs.deterministic) p.tickets = d.result(6, "tickets", {head, row}, kS32);
+    p.next_unit = d.result(6, "next_unit", {}, kS32);
+    if (attrs.deterministic) p.tickets = d.result(7, "tickets", {head, row}, kS32);
   }
   if (!d.ok()) return xf::Unexpected(d.error());
   return p;

@@ -37,6 +37,7 @@ template <KernelConfig kC>
 __forceinline__ void bwd_preprocess(const BwdProblem& p) {
   constexpr int32 kAxes = kC.num_batch_axes;
   ptx::let_next_grid_start();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *static_cast<int32*>(p.next_unit.data) = 0;
   auto on_block = [&](const Sequence& s, int32 head, int32 row) {
     auto address = [&]<class T>(const View& view, int32 i) {
       return address_of<T, kAxes>(p, view, s.batch, head, s.q.begin + i);

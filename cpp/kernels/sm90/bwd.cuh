@@ -1,11 +1,12 @@
 // Attention backward for Hopper: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608), with the scores transposed.
 // docs/hopper_backward.md says why it looks as it does.
 //
-// A thread block has block_kv keys of one key head and goes through all blocks of queries that see them, of all
-// query heads of the group. One warp copies Q, dO, lse and delta into rings of buffers, and if deterministic two others
-// keep the turns at dq. Two warpgroups compute, each for 64 keys. P^T and dS^T are left operands straight from
-// registers, and only dS^T goes through shared memory too, for dQ = dS K. That is done a step late, so that the two
-// need not meet, and what one has to do between its products runs beside those of the other.
+// A unit of work is block_kv keys of one key head, for which a thread block goes through all blocks of queries that see
+// them, of all query heads of the group. It may do several units, one after the other. One warp copies Q, dO, lse and
+// delta into rings of buffers, and if deterministic two others keep the turns at dq. Two warpgroups compute, each for
+// 64 keys. P^T and dS^T are left operands straight from registers, and only dS^T goes through shared memory too, for dQ
+// = dS K. That is done a step late, so that the two need not meet, and what one has to do between its products runs
+// beside those of the other.
 //
 // dK and dV of head dims beyond 128 take twice the registers that there are. There the keys are those of a pair of
 // thread blocks, which reach each other's shared memory. One does all products with Q: S^T, hence the weights P^T, and
@@ -21,6 +22,7 @@
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/grid.cuh"
 #include "kernels/ptx/tma.cuh"
+#include "kernels/ptx/warp.cuh"
 #include "kernels/ptx/warpgroup.cuh"
 #include "kernels/tile/gradient.cuh"
 #include "kernels/tile/pipeline.cuh"
@@ -66,7 +68,8 @@ struct BwdStorage {
   static constexpr int32 kAddedBarriers = kTurnBarriers + Turns::kBytes;
   static constexpr int32 kScoreBarriers = kAddedBarriers + Turns::kBytes;
   static constexpr int32 kWeightBarriers = kScoreBarriers + Scores::kBytes;  // of two rings
-  static_assert(kWeightBarriers + 2 * Weights::kBytes <= kRowBarriers + kBarrierBytes && kEnd <= kRowBarriers);
+  static constexpr int32 kUnitBarriers = kWeightBarriers + 2 * Weights::kBytes, kUnit = kUnitBarriers + Ring<1>::kBytes;
+  static_assert(kUnit + 4 <= kRowBarriers + kBarrierBytes && kEnd <= kRowBarriers);
   static __forceinline__ int32 weight_barriers(int32 warpgroup) {
     return kWeightBarriers + warpgroup * Weights::kBytes;
   }
@@ -156,7 +159,7 @@ struct Bwd {
     if (threadIdx.x < 128) {
       ptx::setmaxnreg_dec<kCopyingRegisters>();
       switch (threadIdx.x / 32) {
-        case 0: copy(p, base); break;
+        case 0: copy(p, shared, base); break;
         case 1: await_turns(p, base); break;
         case 2: pass_turns(p, base); break;
       }
@@ -180,6 +183,7 @@ struct Bwd {
     constexpr int32 kWarps = kC.num_warps;
     Storage::Stages::init(base + Storage::kRowBarriers, kWarps);
     Ring<1>::init(base + Storage::kKvBarriers, kWarps);
+    Ring<1>::init(base + Storage::kUnitBarriers, kWarps);
     Storage::Turns::init(base + Storage::kTurnBarriers, 1);
     Storage::Turns::init(base + Storage::kAddedBarriers, 1, kWarps);
     constexpr int32 kReaders = kRole == Role::kOfDo ? 2 * kWarps : kWarps;  // of dS^T, in both thread blocks
@@ -206,17 +210,19 @@ struct Bwd {
     for (int32 i = 0; i < ring.kStages; ++i, ring.advance()) expect(ring, bytes);
   }
 
-  // Calls on_block(block) for the thread block's unit of work, in practice once, or on_stray(batch, row).
-  template <class OnBlock, class OnStray>
-  static __forceinline__ void visit_unit(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray) {
-    Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic, Divisor>(p, p.order)
-        .visit(
-            blockIdx.x / cluster_size(kC), thread,
-            [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); }, on_stray);
+  // Calls on_block(block) for the blocks of each unit of work, in practice one, or on_stray(batch, row). The first unit
+  // has the thread block's, or pair's, number; next(work) says which one follows, negative if none.
+  template <class OnBlock, class OnStray, class Next>
+  static __forceinline__ void visit_units(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray,
+                                          Next next) {
+    const Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic, Divisor> work(p, p.order);
+    for (int32 unit = int32(blockIdx.x / cluster_size(kC)); unit >= 0; unit = next(work))
+      work.visit(
+          unit, thread, [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); }, on_stray);
   }
 
   // The copying warp. Its first lane does all that touches memory.
-  static __forceinline__ void copy(const HopperBwdProblem& p, uint32 base) {
+  static __forceinline__ void copy(const HopperBwdProblem& p, char* shared, uint32 base) {
     typename Storage::Stages rows(base + Storage::kRowBarriers);
     Ring<1> kv_ring(base + Storage::kKvBarriers);
     const bool first_lane = threadIdx.x == 0;
@@ -262,7 +268,23 @@ struct Bwd {
         rows.advance();
       }
     };
-    visit_unit(p, threadIdx.x, copy_block, [](int64, int64) {});
+    // The next unit is asked for when all that this one takes is on its way, and no earlier: thread blocks are to begin
+    // units in their order, whose operands are then in the L2 cache.
+    Ring<1> units(base + Storage::kUnitBarriers);
+    auto ask = [&](const auto& work) {
+      if constexpr (!stays_on_multiprocessor(kC)) return -1;
+      int32 unit = 0;
+      if (first_lane) {
+        unit = ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1) + int32(gridDim.x);
+        if (uint32(unit) >= work.count()) unit = -1;
+        units.wait_empty();
+        *reinterpret_cast<int32*>(shared + Storage::kUnit) = unit;
+        ptx::mbarrier_arrive(units.full());
+      }
+      units.advance();
+      return uniform(unit);
+    };
+    visit_units(p, threadIdx.x, copy_block, [](int64, int64) {}, ask);
   }
 
   // If deterministic, two warps wait for turns at dq and pass them on, whose ways through global memory nobody else
@@ -297,7 +319,7 @@ struct Bwd {
           added.advance();
         }
       };
-      visit_unit(p, threadIdx.x % 32, go_through, [](int64, int64) {});
+      visit_units(p, threadIdx.x % 32, go_through, [](int64, int64) {}, [](const auto&) { return -1; });
     }
   }
 
@@ -343,11 +365,20 @@ struct Bwd {
   static __forceinline__ void compute(const HopperBwdProblem& p, char* shared, uint32 base) {
     const int32 warpgroup = uniform(int32(threadIdx.x) / 128 - 1);
     Rings rings(base, warpgroup);
-    visit_unit(
+    Ring<1> units(base + Storage::kUnitBarriers);
+    visit_units(
         p, int32(threadIdx.x) - 128,
         [&](const Block& block) { compute_block(p, shared, base, block, warpgroup, rings); },
         [&](int64 batch, int64 row) {
           if (kRank == 0) define_stray<kBatchAxes>(p, batch, row);
+        },
+        [&](const auto&) {
+          if constexpr (!stays_on_multiprocessor(kC)) return -1;
+          units.wait_full();
+          const int32 unit = ptx::reduce_max(*reinterpret_cast<const int32*>(shared + Storage::kUnit));
+          __syncwarp();
+          release(units);
+          return unit;
         });
   }
 
