@@ -157,6 +157,20 @@ inline void ldmatrix_x4_trans(uint32 (&r)[4], uint32 address) {
   load_matrices<true>(r, address);
 }
 
+inline void stmatrix_x4(uint32 address, const uint32 (&r)[4]) {
+  struct Args {
+    const uint32* r;
+    uint32 address;
+  } args = {r, address};
+  emulator::meet(args, [](Args* const* lanes) {
+    for (int32 matrix = 0; matrix < 4; ++matrix)
+      for (int32 lane = 0; lane < 32; ++lane)
+        memcpy(emulator::shared_at(lanes[8 * matrix + lane / 4]->address + lane % 4 * 4, 4), &lanes[lane]->r[matrix],
+               4);
+  });
+  emulator::wrote_shared(address, 16);
+}
+
 inline void st_shared(uint32 address, uint32 value) {
   memcpy(emulator::shared_at(address, 4), &value, 4);
   emulator::wrote_shared(address, 4);

@@ -1,4 +1,4 @@
-// ldmatrix: four 8 x 8 matrices of 16-bit elements from shared memory into fragments.
+// ldmatrix: four 8 x 8 matrices of 16-bit elements from shared memory into fragments; and back.
 #pragma once
 
 #include "common/types.h"
@@ -22,6 +22,13 @@ __forceinline__ void ldmatrix_x4_trans(uint32 (&r)[4], uint32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
+               : "memory");
+}
+
+// The other way round, from Hopper on.
+__forceinline__ void stmatrix_x4(uint32 address, const uint32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
                : "memory");
 }
 

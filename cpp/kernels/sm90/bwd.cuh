@@ -576,7 +576,7 @@ struct Bwd {
         gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
                          bias_tile(base, queries.stage, warp_key),
                          [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
-        const TileWriter<S> ds_tile(base, Storage::kDs + scores.stage() * S::kBytes, warp_key);
+        const auto ds_place = TileReader<S, Order::kDown>(base, Storage::kDs, warp_key).stage(scores.stage());
         auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
           Accumulator<16, kC.block_q> kept = s;
           gradient.template drop<kFrom, kTo>(kept);
@@ -586,7 +586,7 @@ struct Bwd {
           gradient.template scores<kFrom, kTo>(
               ds, s, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
-          ds_tile.template store<kFrom, kTo>(dscores);
+          store_fragments<kFrom, kTo>(ds_place, dscores);
         };
         // One half behind the other takes fewer registers.
         finish.template operator()<0, kC.block_q / 2>();
@@ -772,7 +772,7 @@ struct Bwd {
     using S = typename Storage::S;
     const int32 tile = ring.stage() * S::kBytes, part = tile + warp_key * S::kRowBytes;
     ring.wait_empty();
-    TileWriter<S>(base, Storage::kDs + tile, warp_key).store(scores);
+    store_fragments(TileReader<S, Order::kDown>(base, Storage::kDs, warp_key).stage(ring.stage()), scores);
     ptx::fence_proxy_async();
     __syncwarp();
     if (threadIdx.x % 32 == 0)

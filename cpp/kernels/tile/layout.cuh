@@ -215,16 +215,17 @@ struct TileWriter {
                          ptx::pack<kDType>(c.x[m][n][2 * h] * f, c.x[m][n][2 * h + 1] * f));
       }
   }
-  // Writes fragments as pack() leaves them, or of them the columns [kFrom, kTo).
-  template <int32 kFrom = 0, int32 kTo = kToEnd, int32 kM, int32 kN>
-  __forceinline__ void store(const uint32 (&a)[kM][kN][4]) const {
-#pragma unroll
-    for (int32 m = 0; m < kM; ++m)
-#pragma unroll
-      for (int32 n = kFrom / 16; n < min_of(kTo, 16 * kN) / 16; ++n)
-#pragma unroll
-        for (int32 i = 0; i < 4; ++i) ptx::st_shared(place.at(16 * m + i % 2 * 8, 16 * n + i / 2 * 8), a[m][n][i]);
-  }
 };
+
+// From Hopper on, writes fragments as pack() leaves them to where `place` would read them, or of them the columns
+// [kFrom, kTo).
+template <int32 kFrom = 0, int32 kTo = kToEnd, class T, int32 kM, int32 kN>
+__forceinline__ void store_fragments(const TileReader<T, Order::kDown>& place, const uint32 (&a)[kM][kN][4]) {
+#pragma unroll
+  for (int32 m = 0; m < kM; ++m)
+#pragma unroll
+    for (int32 n = kFrom / 16; n < min_of(kTo, 16 * kN) / 16; ++n)
+      ptx::stmatrix_x4(place.at(16 * m, 16 * n), a[m][n]);
+}
 
 }  // namespace flash
