@@ -420,8 +420,6 @@ struct Bwd {
   // A warpgroup's part of dQ = dS K, done a step late, and its addition to what other thread blocks have found.
   class LateDq {
    public:
-    using Sum = Accumulator<16, kDqCols>;
-
     __forceinline__ LateDq(const HopperBwdProblem& p, uint32 base, const Block& block, int32 warpgroup, Rings& rings)
         : p_(p),
           base_(base),
@@ -431,27 +429,31 @@ struct Bwd {
           col_(kDqShares == 2 ? (block_columns_of_dq(kC) - kDqCols) * warpgroup : 0),
           skipped_cols_((kDqShares * kDqCols - block_columns_of_dq(kC)) * warpgroup),
           warp_row_(uniform(row_ + int32(threadIdx.x) % 128 / 32 * 16)),
-          place_(own_place(p, accum_block_of<kBatchAxes>(p, block.seq, 0, 0), warp_row_, kFirstDqCol + col_)) {}
+          place_(own_place(p, accum_block_of<kBatchAxes>(p, block.seq, 0, 0), warp_row_, kFirstDqCol + col_)) {
+      if constexpr (kKeepsRegisters) dq_.clear();
+    }
 
     // Issues that of the step before, once everyone's dS^T is there. In the first step it is a product of anything, as
     // around a branch the compiler would wait for every one.
-    __forceinline__ void issue(Sum& dq) {
+    __forceinline__ void issue() {
       const int64 offset = head_ * p_.dq_accum.head_stride + q_row_ / kAccumRows * p_.dq_accum.row_stride;
       place_ += offset - offset_;
       offset_ = offset;
       rings_.due_scores.wait_full();
       if (kRole == Role::kOfQ && threadIdx.x == 128 && is_due()) expect(rings_.due_scores, kScoreBytes);
       const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
-      issue_gemm<kDType, kC.block_kv, false>(dq, ColsOperand<typename Storage::S>(tile, row_),
-                                             ColsOperand<typename Storage::K>(base_ + Storage::kK, col_));
+      issue_gemm<kDType, kC.block_kv>(dq_, ColsOperand<typename Storage::S>(tile, row_),
+                                      ColsOperand<typename Storage::K>(base_ + Storage::kK, col_),
+                                      kKeepsRegisters && p_.num_heads < 0);
     }
     // Whether there is a step before.
     __forceinline__ bool is_due() const { return head_ >= 0; }
+    __forceinline__ Accumulator<16, kDqCols>& sum() { return dq_; }
     // When it is done.
-    __forceinline__ void add(const Sum& dq) {
+    __forceinline__ void add() {
       if (!is_due()) return;
       if constexpr (kC.deterministic) rings_.turns.wait_full();
-      add_to_dq<kC, 1>(p_, block_.seq, place_, dq, q_row_, warp_row_, kFirstDqCol + col_, skipped_cols_);
+      add_to_dq<kC, 1>(p_, block_.seq, place_, dq_, q_row_, warp_row_, kFirstDqCol + col_, skipped_cols_);
       if constexpr (kC.deterministic) {
         rings_.turns.advance();
         fill(rings_.added);
@@ -473,11 +475,10 @@ struct Bwd {
     // All of it, behind the last step.
     __forceinline__ void finish() {
       if (!is_due()) return;
-      Sum dq;
-      issue(dq);
-      wait_gemm<0>(dq);
+      issue();
+      wait_gemm<0>(dq_);
       release();
-      add(dq);
+      add();
     }
 
    private:
@@ -492,6 +493,10 @@ struct Bwd {
     // middle of a step: additions read their registers late, and who writes to these before waits for them.
     float* place_;
     int64 offset_ = 0;
+    // Where there are registers enough, nobody shall write to these before the next product does, for the same reason.
+    // The compiler sees to it if that might add to them.
+    static constexpr bool kKeepsRegisters = kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 96;
+    Accumulator<16, kDqCols> dq_;
     int32 head_ = -1, q_row_ = 0;  // of the step before
   };
 
@@ -559,7 +564,6 @@ struct Bwd {
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> s, ds;
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
-        typename LateDq::Sum dq;
         rows.wait_full();
         hide_rows_without_keys<Q, O>(shared, queries, warpgroup, queries.q_tile, queries.do_tile);
         if constexpr (kKvInRegisters) {
@@ -593,10 +597,10 @@ struct Bwd {
         finish.template operator()<kC.block_q / 2, kC.block_q>();
         ptx::fence_proxy_async();
         fill(scores);
-        late_dq.issue(dq);
+        late_dq.issue();
         issue_gemm<kDType, true>(dk_sum, dscores, ColsOperand<Q>(queries.q_tile));
-        wait_gemm<1>(dq);
-        late_dq.add(dq);
+        wait_gemm<1>(late_dq.sum());
+        late_dq.add();
         late_dq.advance(queries.head, queries.row);
         wait_gemm<0>(dk_sum);
         ptx::settled(dv_sum.x[0]);
@@ -626,13 +630,12 @@ struct Bwd {
       // What is due of the step before, whose Q lies in this stage. In the first step these are products of anything,
       // and the second one does not add to them.
       auto finish_last = [&](int32 stage) {
-        typename LateDq::Sum dq;
-        late_dq.issue(dq);
+        late_dq.issue();
         const uint32 scores = base + Storage::kDs + rings.due_scores.stage() * S::kBytes;
         issue_gemm<kDType, kC.block_q>(dk_sum, RowsOperand<S>(scores, 64 * warpgroup),
                                        ColsOperand<Q>(base + Storage::kQ + stage * Q::kBytes), steps > 1);
-        wait_gemm<1>(dq);
-        late_dq.add(dq);
+        wait_gemm<1>(late_dq.sum());
+        late_dq.add();
         wait_gemm<0>(dk_sum);
         late_dq.release();
         if (late_dq.is_due() && thread % 32 == 0) rings.due_rows.release();
@@ -732,7 +735,6 @@ struct Bwd {
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> ds, weights;
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
-        typename LateDq::Sum dq;
         rings.rows.wait_full();
         hide_rows_without_keys<O>(shared, queries, warpgroup, queries.do_tile);
         issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
@@ -747,15 +749,15 @@ struct Bwd {
           pack<kDType>(probs, kept);
         }
         wait_gemm<0>(ds);
-        late_dq.issue(dq);
+        late_dq.issue();
         issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
         gradient.scores(ds, weights, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
         pack<kDType>(dscores, ds);
         send_scores(dscores, base, warp_key, rings.scores);
         release_weights(rings.weights);
-        wait_gemm<1>(dq);
+        wait_gemm<1>(late_dq.sum());
         late_dq.release();
-        late_dq.add(dq);
+        late_dq.add();
         late_dq.advance(queries.head, queries.row);
         wait_gemm<0>(dv_sum);
         release(rings.rows);
