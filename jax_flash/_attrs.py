@@ -126,7 +126,8 @@ def backward_scratch_axes(attrs: Attrs) -> dict[str, str]:
     U is the number of 16-row blocks of dq_accum, F that of floats in one; G and E likewise those of the blocks of 128
     rows of statistics.
     """
-    return {"dq_accum": "NUF", "statistics": "NGE", "next_unit": ""} | ({"tickets": "NT"} if attrs.deterministic else {})
+    tickets = {"tickets": "NT"} if attrs.deterministic else {}
+    return {"dq_accum": "NUF", "statistics": "NGE", "next_unit": "", **tickets}
 
 
 def bias_gradient_axes() -> dict[str, str]:

@@ -432,6 +432,7 @@ BACKWARD = (
         "next_unit": ((2,), jnp.int32),
     },
 )
+NO_SCRATCH = {"dq_accum": ABSENT, "statistics": ABSENT, "next_unit": ABSENT}
 DBIAS = (
     "jax_flash_dbias",
     {**DENSE[1], "bias": ones(1, N, T, S), "lse": ones(2, N, T), "d_out": ones(2, T, N, H), "delta": ones(2, N, T)},
@@ -497,8 +498,9 @@ MISUSE = [
     (BACKWARD, {"d_out": ABSENT}, {}, {}, "d_out is missing"),
     (BACKWARD, {"lse": ones(2, T, N)}, {}, {}, "lse has size 4"),
     (BACKWARD, {}, {"key": ((2, S, N, H), F32)}, {}, "dk has size 4 on axis 2, expected 2"),
-    (BACKWARD, {}, {"delta": ABSENT, "dq_accum": ABSENT, "statistics": ABSENT, "next_unit": ABSENT}, {}, "delta is not among the results"),
-    (BACKWARD, {}, {"dq_accum": ABSENT, "statistics": ABSENT, "next_unit": ABSENT}, {}, "dq_accum is not among the results"),
+    (BACKWARD, {}, {"delta": ABSENT, **NO_SCRATCH}, {}, "delta is not among the results"),
+    (BACKWARD, {}, NO_SCRATCH, {}, "dq_accum is not among the results"),
+    (BACKWARD, {}, {"next_unit": ABSENT}, {}, "next_unit is not among the results"),
     (BACKWARD, {}, {"dq_accum": ((2, N, T // 16, 128), F32)}, {}, "dq_accum has size"),
     (BACKWARD, {}, {"statistics": ((2, N, T // 128, 256), F32)}, {}, "statistics has size"),
     (BACKWARD, {}, {}, {"deterministic": True}, "tickets is not among the results"),

@@ -224,8 +224,7 @@ __forceinline__ void store_fragments(const TileReader<T, Order::kDown>& place, c
 #pragma unroll
   for (int32 m = 0; m < kM; ++m)
 #pragma unroll
-    for (int32 n = kFrom / 16; n < min_of(kTo, 16 * kN) / 16; ++n)
-      ptx::stmatrix_x4(place.at(16 * m, 16 * n), a[m][n]);
+    for (int32 n = kFrom / 16; n < min_of(kTo, 16 * kN) / 16; ++n) ptx::stmatrix_x4(place.at(16 * m, 16 * n), a[m][n]);
 }
 
 }  // namespace flash
