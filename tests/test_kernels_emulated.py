@@ -194,6 +194,7 @@ CASES = {
     "64 keys that no row sees": {"T": 70, "S": 300, **TOP},
     "64 one query": {"T": 1, "S": 129, **BOTTOM},
     "no keys": {"S": 0},
+    "no queries": {"T": 0},
     "32": {"H": 32, "sm": 86, **TOP},
     "96 window": {"H": 96, "local_window_size": (70, 20)},
     "128": {"H": 128, "T": 130, "S": 260, **BOTTOM},
@@ -289,7 +290,7 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks",
+    "64 float16 bottom", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "no keys", "no queries",
     "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
     "deterministic", "deterministic 256", "everything",
 )  # fmt: skip

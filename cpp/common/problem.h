@@ -141,7 +141,8 @@ struct HopperDbiasProblem : DbiasProblem {
 static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096 &&
               sizeof(HopperDbiasProblem) <= 4096);
 
-// Whether there are more units of work than two for each thread block, or cluster, which none needs the counter for.
+// Hopper's forward: whether there are more units of work than two for each thread block, which none needs the counter
+// for.
 static constexpr bool asks_for_units(int64 units, int64 blocks) {
   return units > 2 * blocks;
 }

@@ -8,17 +8,16 @@
 namespace flash::cuda {
 namespace {
 
-// Without queries bwd_preprocess does not run, which zeroes the counter that hands out units.
-int64 blocks_of(const KernelConfig& c, int64 units, bool has_queries, int32 device) {
-  return stays_on_multiprocessor(c) && has_queries ? min_of<int64>(units, multiprocessors_of(device))
-                                                   : units * cluster_size(c);
-}
-
-void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 blocks, Stream stream,
-                   bool starts_early) {
+void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, int64 units, bool is_counter_zero,
+                   int32 device, Stream stream, bool starts_early) {
   HopperBwdProblem h = {p};
   encode_tensor_maps(h, c);
   h.order = unit_order(p, c);
+  int64 blocks = units * cluster_size(c);
+  if (stays_on_multiprocessor(c) && is_counter_zero) {
+    blocks = min_of<int64>(units, multiprocessors_of(device));
+    check_count(units + blocks);  // so far they count
+  }
   launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
 
@@ -31,15 +30,14 @@ void launch(const BwdProblem& problem, int32 device, Stream stream) {
   const int64 entries = num_batch_entries(p);
   int64 row_blocks = ceil_div(p.max_seqlen_q, kRowKernelRows) * p.num_heads * p.num_sequences * entries;
   if (p.cu_seqlens_q.data) row_blocks += ceil_div(p.seqlen_q, kRowKernelThreads) * entries;
-  int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
-  if (p.cu_seqlens_kv.data) blocks += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;
+  int64 units = ceil_div(p.max_seqlen_kv, c.block_kv) * p.num_heads_kv * p.num_sequences * entries;
+  if (p.cu_seqlens_kv.data) units += ceil_div(p.seqlen_kv, 32 * c.num_warps) * entries;
   const bool early = can_start_early(device);
   launch(kernels.entry[0], row_blocks, kRowKernelThreads, 0, stream, &p);
-  if (c.family == Family::kSm90 && blocks > 0) {
-    check_count(2 * blocks);
-    launch_hopper(p, c, kernels.entry[1], blocks_of(c, blocks, row_blocks > 0, device), stream, early);
-  } else
-    launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &p, early);
+  if (c.family == Family::kSm90 && units > 0)
+    launch_hopper(p, c, kernels.entry[1], units, row_blocks > 0, device, stream, early);
+  else
+    launch(kernels.entry[1], units, num_threads(c), shared_bytes(c), stream, &p, early);
   launch(kernels.entry[2], row_blocks, kRowKernelThreads, 0, stream, &p, early);
 }
 

@@ -1,5 +1,5 @@
 // Before the backward: what its main kernel reads of each row of queries, its lse and delta = rowsum(dO * O) - dLSE,
-// the gradient of the logsumexp's shift; and zeros where it sums up.
+// the gradient of the logsumexp's shift; and zeros where it sums up, takes turns and hands out units of work.
 #pragma once
 
 #include "common/config.h"

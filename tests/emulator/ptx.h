@@ -165,7 +165,7 @@ inline void stmatrix_x4(uint32 address, const uint32 (&r)[4]) {
   emulator::meet(args, [](Args* const* lanes) {
     for (int32 matrix = 0; matrix < 4; ++matrix)
       for (int32 lane = 0; lane < 32; ++lane)
-        memcpy(emulator::shared_at(lanes[8 * matrix + lane / 4]->address + lane % 4 * 4, 4), &lanes[lane]->r[matrix],
+        memcpy(emulator::shared_at(lanes[8 * matrix + lane / 4]->address, 16) + lane % 4 * 4, &lanes[lane]->r[matrix],
                4);
   });
   emulator::wrote_shared(address, 16);

@@ -19,7 +19,9 @@
 
 #include "common/config.h"
 #include "common/problem.h"
+#include "kernels/ptx/atomic.cuh"
 #include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/compiler.cuh"
 #include "kernels/ptx/grid.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/warp.cuh"
@@ -273,11 +275,14 @@ struct Bwd {
     Ring<1> units(base + Storage::kUnitBarriers);
     auto ask = [&](const auto& work) {
       if constexpr (!stays_on_multiprocessor(kC)) return -1;
-      int32 unit = 0;
+      int32 unit = -1;
       if (first_lane) {
-        unit = ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1) + int32(gridDim.x);
-        if (uint32(unit) >= work.count()) unit = -1;
         units.wait_empty();
+        // Else nobody has more than one, and without queries nobody has zeroed the counter.
+        if (const uint32 count = work.count(); gridDim.x < count) {
+          unit = int32(gridDim.x) + ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1);
+          if (uint32(unit) >= count) unit = -1;
+        }
         *reinterpret_cast<int32*>(shared + Storage::kUnit) = unit;
         ptx::mbarrier_arrive(units.full());
       }
@@ -375,6 +380,7 @@ struct Bwd {
         [&](const auto&) {
           if constexpr (!stays_on_multiprocessor(kC)) return -1;
           units.wait_full();
+          // Not uniform(), which would leave what follows from it in registers of the loop.
           const int32 unit = ptx::reduce_max(*reinterpret_cast<const int32*>(shared + Storage::kUnit));
           __syncwarp();
           release(units);
@@ -444,7 +450,7 @@ struct Bwd {
       const uint32 tile = base_ + Storage::kDs + rings_.due_scores.stage() * Storage::S::kBytes;
       issue_gemm<kDType, kC.block_kv>(dq_, ColsOperand<typename Storage::S>(tile, row_),
                                       ColsOperand<typename Storage::K>(base_ + Storage::kK, col_),
-                                      kKeepsRegisters && p_.num_heads < 0);
+                                      kKeepsRegisters && might_add());
     }
     // Whether there is a step before.
     __forceinline__ bool is_due() const { return head_ >= 0; }
@@ -482,6 +488,11 @@ struct Bwd {
     }
 
    private:
+    // Where there are registers enough, nobody shall write to those of dq_, which additions read late, before the next
+    // product does. The compiler sees to it if that might add to them, which it never does.
+    static constexpr bool kKeepsRegisters = kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 96;
+    __forceinline__ bool might_add() const { return p_.num_heads < 0; }
+
     const HopperBwdProblem& p_;
     uint32 base_;
     const Block& block_;
@@ -489,13 +500,11 @@ struct Bwd {
     int32 row_, col_;     // of the thread block's part, which K's tile begins with
     int32 skipped_cols_;  // of the second warpgroup, that are the first one's too
     int32 warp_row_;      // the first of a warp
-    // The thread's place in dq_accum, where the tile due begins `offset_` behind the sequence. It moves on in the
-    // middle of a step: additions read their registers late, and who writes to these before waits for them.
+    // The thread's place in dq_accum, where the tile due begins `offset_` behind the sequence (in the first step, which
+    // adds nothing, it is none). It moves on in the middle of a step: additions read their registers late, and who
+    // writes to these before waits for them.
     float* place_;
     int64 offset_ = 0;
-    // Where there are registers enough, nobody shall write to these before the next product does, for the same reason.
-    // The compiler sees to it if that might add to them.
-    static constexpr bool kKeepsRegisters = kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 96;
     Accumulator<16, kDqCols> dq_;
     int32 head_ = -1, q_row_ = 0;  // of the step before
   };

@@ -34,9 +34,10 @@ struct Tile {
 // which mma.sync wants them, so that no register has to be moved.
 enum class Order { kDown, kAcross };
 
-// A fragment-wise reader of a Tile: the 16 x 16 block at (row, col), multiples of 16. One address per thread is
-// computed once; a block's place is then a constant offset and, for its column in the panel, a XOR. The tile's own
-// place in shared memory, a constant too, is added last, so that readers of tiles of one shape share their registers.
+// A fragment-wise reader of a Tile, or with stmatrix a writer: the 16 x 16 block at (row, col), multiples of 16. One
+// address per thread is computed once; a block's place is then a constant offset and, for its column in the panel, a
+// XOR. The tile's own place in shared memory, a constant too, is added last, so that readers of tiles of one shape
+// share their registers.
 template <class T, Order kOrder>
 struct TileReader {
   uint32 address;

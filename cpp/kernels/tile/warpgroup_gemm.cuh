@@ -54,10 +54,6 @@ struct ColsOperand {
 __forceinline__ int32 uniform(int32 x) {
   return __shfl_sync(~0u, x, 0);
 }
-template <class T>
-__forceinline__ T* uniform(T* x) {
-  return reinterpret_cast<T*>(__shfl_sync(~0u, reinterpret_cast<uint64>(x), 0));
-}
 
 // Issues c = a b over kK, or c += a b if `accumulate`, as one group.
 template <DType kDType, int32 kK, int32 kN, class A, class B>
