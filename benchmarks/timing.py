@@ -28,10 +28,10 @@ def measure(calls: Mapping[str, Call], rounds: int, on_gpu: bool) -> dict[str, l
     for i in range(rounds):
         # Every other round runs backwards: nobody always follows the same neighbour.
         for name in list(calls)[:: -1 if i % 2 else 1]:
-            if not on_gpu:
-                time.sleep(0.01)  # OpenMP's idle threads spin for a while, and would take cores from the next one.
-            else:
+            if on_gpu:
                 _sample(calls[name], _WARM_UP_SAMPLES * counts[name], on_gpu)
+            else:
+                time.sleep(0.01)  # OpenMP's idle threads spin for a while, and would take cores from the next one.
             samples[name].append(_sample(calls[name], counts[name], on_gpu))
     return samples
 

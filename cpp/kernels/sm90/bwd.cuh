@@ -781,7 +781,7 @@ struct Bwd {
   static __forceinline__ void send_scores(const uint32 (&scores)[1][kC.block_q / 16][4], uint32 base, int32 warp_key,
                                           typename Storage::Scores& ring) {
     using S = typename Storage::S;
-    const int32 tile = ring.stage() * S::kBytes, part = tile + warp_key * S::kRowBytes;
+    const int32 part = ring.stage() * S::kBytes + warp_key * S::kRowBytes;
     ring.wait_empty();
     store_fragments(TileReader<S, Order::kDown>(base, Storage::kDs, warp_key).stage(ring.stage()), scores);
     ptx::fence_proxy_async();
