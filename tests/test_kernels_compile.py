@@ -294,7 +294,7 @@ def is_in_pairs(c: dict[str, int]) -> bool:
     return c["direction"] == BACKWARD and max(c["head_dim"], c["head_dim_v"]) > 128
 
 
-WAIT_FOR_PRODUCTS, EXPONENTIAL = 0x9C5, 0x308
+WAIT_FOR_PRODUCTS, EXPONENTIAL, PACK = 0x9C5, 0x308, 0x23E
 
 
 def exponentials_beside_products(cubin: bytes, direction: int) -> list[int]:
@@ -309,6 +309,27 @@ def exponentials_beside_products(cubin: bytes, direction: int) -> list[int]:
             pending = upper >> 8 & 0xFF
             if pending == 1:
                 counts.append(0)
+    return counts
+
+
+def packs_beside_exponentials(cubin: bytes) -> list[tuple[int, int]]:
+    """Between a wait for all products and the next product: how many exponentials there are, and how many times two
+    weights are packed in front of the last of them."""
+    code = section_of(cubin, b".text." + ENTRIES[FORWARD])
+    counts: list[tuple[int, int]] = []
+    waited, packs = False, 0
+    for lower, upper in struct.iter_unpack("<QQ", code):
+        operation = lower & 0xFFF
+        if operation == WAIT_FOR_PRODUCTS and upper >> 16 & 1:  # else it is the fence in front of products
+            waited, packs = upper >> 8 & 0xFF == 0, 0
+            if waited:
+                counts.append((0, 0))
+        elif operation & 0x3FF == HGMMA:
+            waited = False
+        elif waited:
+            packs += operation == PACK
+            if operation == EXPONENTIAL:
+                counts[-1] = (counts[-1][0] + 1, packs)
     return counts
 
 
@@ -338,13 +359,17 @@ def test_hopper_kernel(case):
     else:
         bounds = PAIRED_HOPPER_SPILLED_BYTES if is_in_pairs(config) else HOPPER_SPILLED_BYTES
         assert max(spills) <= bounds.get(case.feature or "", OTHER_HOPPER_SPILLED_BYTES)
-    counts = exponentials_beside_products(cubin, case.direction)
     if case.direction == FORWARD:  # the three steps: a unit's first, and with and without the positional mask
-        halved = config["num_warps"] == 12 and max(config["head_dim"], config["head_dim_v"]) > 64
-        if halved:
+        if config["num_warps"] == 12 and max(config["head_dim"], config["head_dim_v"]) > 64:
             counts = exponentials_between_halves(cubin, config)
-        assert len(counts) == 3 and min(counts) >= config["block_kv"] / (8 if halved else 2)
+            assert len(counts) == 3 and min(counts) >= config["block_kv"] / 8
+        else:
+            of_steps = [packs for exps, packs in packs_beside_exponentials(cubin) if exps >= config["block_kv"] / 2]
+            assert len(of_steps) == 3
+            # What dropout takes from the weights lies between; of the first step the results of the last unit may.
+            assert config["dropout"] or min(of_steps[1:]) >= config["block_kv"] / 4 * 3 / 4
     elif not is_in_pairs(config):
+        counts = exponentials_beside_products(cubin, case.direction)
         # Beside dP^T, but for some of a second half of the queries: beside dV of the first. In pairs of thread blocks
         # they run beside the other warpgroup's products.
         assert counts[0] >= config["block_q"] / 4 and sum(counts) >= config["block_q"] / 2

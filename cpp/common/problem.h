@@ -141,12 +141,6 @@ struct HopperDbiasProblem : DbiasProblem {
 static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096 &&
               sizeof(HopperDbiasProblem) <= 4096);
 
-// Hopper's forward: whether there are more units of work than two for each thread block, which none needs the counter
-// for.
-static constexpr bool asks_for_units(int64 units, int64 blocks) {
-  return units > 2 * blocks;
-}
-
 static inline int64 num_batch_entries(const Problem& p) {
   int64 n = 1;
   for (int32 a = 0; a < p.num_batch_axes; ++a) n *= p.batch_dims[a];

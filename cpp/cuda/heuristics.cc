@@ -73,7 +73,7 @@ bool is_plain(const KernelConfig& c) {
 Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
   if (c.large_blocks && head_dim <= 128 && is_plain(c)) return {192, 128, 12, 1, head_dim > 64 ? 2 : 4, 1};
   if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
-  if (head_dim > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
+  if (head_dim > 128) return {128, c.dropout ? 96 : c.head_dim_v <= 128 ? 128 : 112, 8, 1, 2, 1};
   return {128, 128, 8, 1, head_dim > 64 ? 2 : c.bias_tiled ? 3 : 4, 1};
 }
 

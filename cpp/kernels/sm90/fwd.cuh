@@ -41,6 +41,7 @@ struct FwdStorage {
   using QRing = Ring<q_buffers(kC) * kWarpgroups>;  // warpgroups in turns
   using KvRing = Ring<kC.num_stages>;
   using UnitRing = Ring<2>;
+  using Ends = Ring<1>;  // filled with a unit, empty when who copies K and V is about to end it
   // Offsets in bytes.
   static constexpr int32 kQ = 0, kK = q_buffers(kC) * kWarpgroups * Q::kBytes, kV = kK + kC.num_stages * K::kBytes;
   static constexpr int32 kBias = kV + kC.num_stages * V::kBytes;
@@ -48,7 +49,8 @@ struct FwdStorage {
   static constexpr int32 kQBarriers = kBias + kC.num_stages * kBiasBytes, kKBarriers = kQBarriers + QRing::kBytes;
   static constexpr int32 kVBarriers = kKBarriers + KvRing::kBytes, kUnitBarriers = kVBarriers + KvRing::kBytes;
   static constexpr int32 kBiasBarriers = kUnitBarriers + UnitRing::kBytes;
-  static constexpr int32 kUnits = kBiasBarriers + (kC.bias_tiled ? KvRing::kBytes : 0);
+  static constexpr int32 kEndBarriers = kBiasBarriers + (kC.bias_tiled ? KvRing::kBytes : 0);
+  static constexpr int32 kUnits = kEndBarriers + Ends::kBytes;
   static_assert(kUnits + UnitRing::kStages * sizeof(Unit) <= kQBarriers + kBarrierBytes && kUnits % 16 == 0);
   static_assert(kQBarriers + kBarrierBytes == shared_bytes(kC));
   static_assert(kC.num_warps % 4 == 0 && kC.block_q == 16 * kC.num_warps);
@@ -80,6 +82,9 @@ struct Fwd {
   static constexpr bool kPvLags = kWarpgroups == 2 || max_of(kC.head_dim, kC.head_dim_v) <= 64;
   static_assert(kPvLags || !kC.dropout);
 
+  // The next unit is asked for when so many blocks of keys of this one are left to be copied.
+  static constexpr int32 kAskedAhead = 4;
+
   static __forceinline__ void run(const HopperFwdProblem& p, char* shared) {
     const uint32 base = ptx::shared_address(shared);
     if (threadIdx.x == 0) {
@@ -87,6 +92,7 @@ struct Fwd {
       Storage::KvRing::init(base + Storage::kKBarriers, kC.num_warps);
       Storage::KvRing::init(base + Storage::kVBarriers, kC.num_warps);
       Storage::UnitRing::init(base + Storage::kUnitBarriers, kC.num_warps + 2);
+      Storage::Ends::init(base + Storage::kEndBarriers, 1);
       if constexpr (kC.bias_tiled) Storage::KvRing::init(base + Storage::kBiasBarriers, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
@@ -104,11 +110,12 @@ struct Fwd {
     }
   }
 
-  // The warp that finds out what the thread block's units are, one ahead of those who work on them. The first two are
-  // known; others, if there are any, a counter hands out.
+  // The warp that finds out what the thread block's units are. The first one is known; others, if there are any, a
+  // counter hands out, late, so that who gets on faster gets more of them.
   static __forceinline__ void hand_out_units(const HopperFwdProblem& p, char* shared, uint32 base) {
     const Work work(p, p.order);
     typename Storage::UnitRing ring(base + Storage::kUnitBarriers);
+    typename Storage::Ends ends(base + Storage::kEndBarriers);
     const bool first_lane = threadIdx.x % 32 == 0;
     auto tell = [&](const Unit& unit) {
       if (first_lane) {
@@ -119,25 +126,27 @@ struct Fwd {
       ring.advance();
     };
     const uint32 count = work.count();
-    const bool asks = asks_for_units(count, gridDim.x);
+    const bool asks = count > gridDim.x;
     uint32 index = blockIdx.x;
-    for (bool first = true; index < count; first = false) {
+    while (index < count) {
       work.visit(
           index,
           [&](const Sequence& seq, int32 head, int32 row) {
             // Blocks end with the sequence, in multiples of a warpgroup's rows: the one that is not full has the least
             // keys if causal.
             const int32 end = row + kC.block_q - (kC.block_q - 1 - (seq.q.size - 1) % kC.block_q) / 64 * 64;
+            if (first_lane) ends.wait_empty();
             tell({seq, head, max_of(end - kC.block_q, 0), end});
+            ends.advance();
           },
           [&](int64 batch, int32 first_row, Range packed) {
             for (int32 row = first_row + threadIdx.x % 32; row < first_row + kComputingThreads; row += 32)
               if (work.is_stray(row, packed)) define_stray<kBatchAxes>(p, batch, row);
           });
-      uint32 next = first ? index + gridDim.x : count;
-      if (!first && asks && first_lane) {
-        ring.wait_empty();  // who gets on faster shall ask earlier
-        next = 2 * gridDim.x + uint32(ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1));
+      uint32 next = count;
+      if (asks && first_lane) {
+        ends.wait_empty();
+        next = gridDim.x + uint32(ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1));
       }
       index = __shfl_sync(~0u, next, 0);
     }
@@ -175,6 +184,7 @@ struct Fwd {
       ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytes);
       load_panels<T>(tiles + ring.stage() * T::kBytes, ring.full(), map, row, head, batch, col);
     }
+    __syncwarp();  // else the other lanes go on to wait for the next unit, and take turns from the first one
     ring.advance();
   }
 
@@ -196,6 +206,10 @@ struct Fwd {
   static __forceinline__ void copy_kv(const HopperFwdProblem& p, const char* shared, uint32 base) {
     typename Storage::KvRing k_ring(base + Storage::kKBarriers), v_ring(base + Storage::kVBarriers);
     typename Storage::KvRing bias_ring(base + Storage::kBiasBarriers);
+    typename Storage::Ends ends(base + Storage::kEndBarriers);
+    auto tell_end = [&] {
+      if (threadIdx.x % 32 == 0) ends.release();
+    };
     if (threadIdx.x % 32 == 0) {
       ptx::prefetch_tensor_map(p.k_map);
       ptx::prefetch_tensor_map(p.v_map);
@@ -205,7 +219,7 @@ struct Fwd {
       const Sequence& seq = unit.seq;
       KeyBlocks<kC> keys = keys_of(ScoreInputs<kC>(p, seq, unit.head), unit);
       int32 n = keys.last();
-      if (!keys.exists(n)) return;
+      if (!keys.exists(n)) return tell_end();
       const int32 kv_head = int32(quotient(uint32(unit.head), p.order.group));
       auto coordinate = [&](const View& view) { return view.batch_stride[0] ? int32(seq.batch) : 0; };
       const int32 k_batch = coordinate(p.k), v_batch = coordinate(p.v);
@@ -217,9 +231,14 @@ struct Fwd {
                                        p.bias.head_stride ? unit.head : 0, coordinate(p.bias), n * kC.block_kv);
       };
       load_k_and_bias(n);
+      bool ending = false;
 #pragma unroll 1
       while (keys.exists(n)) {
         const int32 next = keys.below(n);
+        if (!ending && !keys.exists(next - kAskedAhead)) {
+          ending = true;
+          tell_end();
+        }
         if (keys.exists(next)) load_k_and_bias(next);
         load<typename Storage::V>(v_ring, base + Storage::kV, p.v_map, seq.kv.begin + n * kC.block_kv, kv_head,
                                   v_batch);
@@ -394,16 +413,11 @@ struct Fwd {
         wait_gemm<1>(s);
         const SoftmaxState<2> before = state;
         finish_scores.template operator()<kMasked, kFirst>(n, last);
-        const bool grows = online_softmax<kGuard>(s, state, rescale, factor, [&] {
+        const bool grows = raise_maximum(s, state, rescale, factor, [&] {
           if constexpr (kTurnHasMaximum) pass_turn();
         });
-        if constexpr (kC.dropout)
-          for_each_dropout_bit<false, 16, kC.block_kv>(
-              in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
-              [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
-        ptx::compute_now(state.sum[0] + state.sum[1]);  // beside P V
+        // P V is nearly done. Until then it reads the weights, and beside exponentials new ones can be packed.
         wait_gemm<0>(o);
-        pack<kDType>(probs, s);
         if constexpr (kFirst) {
           if (due.rows > 0) {
             release(v_ring);
@@ -414,6 +428,12 @@ struct Fwd {
           release(v_ring);
           if (grows) scale_rows(o, rescale);
         }
+        weigh<kGuard, 0, kC.block_kv>(s, state, factor);
+        if constexpr (kC.dropout)
+          for_each_dropout_bit<false, 16, kC.block_kv>(
+              in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
+              [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
+        pack<kDType>(probs, s);
       };
       // Q K^T of block n, then its P V: that of the first half beside the exponentials of the second one.
       auto halved_step = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
@@ -453,7 +473,7 @@ struct Fwd {
           do {
             next = keys.below(n);
             step.template operator()<false, false>(n, !keys.exists(next));
-          } while (keys.exists(n = next) && keys.is_full(n));
+          } while (keys.is_full_below(n = next));
         } else {
           next = keys.below(n);
           step.template operator()<true, false>(n, !keys.exists(next));

@@ -85,6 +85,8 @@ class KeyBlocks {
   __forceinline__ bool exists(int32 n) const { return n >= range_.first; }
   // Whether the positional mask shows it whole.
   __forceinline__ bool is_full(int32 n) const { return range_.full_begin <= n && n < range_.full_end; }
+  // The same of a block below a full one, which need not exist.
+  __forceinline__ bool is_full_below(int32 n) const { return range_.full_begin <= n; }
 
  private:
   BlockRange range_;
