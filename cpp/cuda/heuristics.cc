@@ -73,7 +73,7 @@ bool is_plain(const KernelConfig& c) {
 Tiling hopper_fwd_tiling(const KernelConfig& c, int32 head_dim) {
   if (c.large_blocks && head_dim <= 128 && is_plain(c)) return {192, 128, 12, 1, head_dim > 64 ? 2 : 4, 1};
   if (head_dim > 192) return {128, c.dropout ? 64 : 80, 8, 1, 2, 1};
-  if (head_dim > 128) return {128, c.dropout ? 96 : c.head_dim_v <= 128 ? 128 : 112, 8, 1, 2, 1};
+  if (head_dim > 128 && c.head_dim_v > 128) return {128, c.dropout ? 96 : 112, 8, 1, 2, 1};
   return {128, 128, 8, 1, head_dim > 64 ? 2 : c.bias_tiled ? 3 : 4, 1};
 }
 
@@ -140,10 +140,10 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return hopper ? hopper_dbias_tiling(head_dim) : dbias_tiling(c, head_dim, arch);
 }
 
-// Whether blocks of 192 queries shall do, by three warpgroups, and not of 128. Cycles in thousands of both, on an H100:
-// head dim 64: 512 full 343, 369; 4096 full 1900, 2140; head dim 96: 1024 full 463, 498, causal 352, 341; 2048 causal
-// 512, 532; 16384 full 6080, 6970; head dim 128: 1024 full 413, 409; 2048 full 698, 730, causal 447, 435; 4096 causal
-// 752, 751; 8192 causal 1339, 1495; 16384 full 5140, 5450.
+// Whether blocks of 192 queries shall do, by three warpgroups, and not of 128. Cycles in thousands of both, on an H100
+// (since, both take less, not measured again): head dim 64: 512 full 343, 369; 4096 full 1900, 2140; head dim 96: 1024
+// full 463, 498, causal 352, 341; 2048 causal 512, 532; 16384 full 6080, 6970; head dim 128: 1024 full 413, 409; 2048
+// full 698, 730, causal 447, 435; 4096 causal 752, 751; 8192 causal 1339, 1495; 16384 full 5140, 5450.
 bool suits_large_blocks(const FwdProblem& p) {
   constexpr int64 kMultiprocessors = 132;  // of an H100 or H200 as most are
   const Options& o = p.options;

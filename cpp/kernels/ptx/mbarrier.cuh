@@ -23,8 +23,8 @@ __forceinline__ void mbarrier_arrive_expect_tx(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits for the end of the phase with this parity; the first phase has parity 0, the one "before" it 1. Who waits
-// sleeps for so many nanoseconds at most before it looks again; without a limit it looks every 20 cycles.
+// Waits for the end of the phase with this parity; the first phase has parity 0, the one "before" it 1. With a time
+// limit for each look, of 10 ms here, who waits sleeps meanwhile; without one it looks every 20 cycles.
 __forceinline__ void mbarrier_wait(uint32 barrier, uint32 parity) {
   asm volatile(
       "{\n.reg .pred done;\n"

@@ -122,7 +122,7 @@ struct FwdBlock {
       if (keys.exists(next)) load_k(next);
       constexpr bool kGuard = kMasked || kDataMasks<kC>;
       float rescale[kRowsPerWarp / 8];
-      if (online_softmax<kGuard>(s, state, rescale, factor, [] {})) scale_rows(o, rescale);
+      if (online_softmax<kGuard>(s, state, rescale, factor)) scale_rows(o, rescale);
       if constexpr (kC.dropout)
         for_each_dropout_bit<false, kRowsPerWarp, kC.block_kv>(
             in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,

@@ -3,9 +3,9 @@
 //
 // A thread block stays on its multiprocessor and does units of work, one after the other. Of its first warpgroup one
 // warp finds out what they are, one copies Q, and one blocks of keys and values, from the last to the first, into rings
-// of buffers. The other warpgroups own 64 queries each, with their scores and their part of O, in registers. Two of
-// them take turns: the softmax of one runs beside its own P V of the block before and both products of the other. Of
-// three, each does one block after the other, if registers do not allow more.
+// of buffers. The other warpgroups own 64 queries each, with their scores and their part of O, in registers. They take
+// turns: the maximum of one is found beside its own P V of the block before, and its exponentials beside both products
+// of the next. Of three, each does one block after the other, in no turn, if registers do not allow more.
 #pragma once
 
 #include "common/config.h"
@@ -82,7 +82,7 @@ struct Fwd {
   static constexpr bool kPvLags = kWarpgroups == 2 || max_of(kC.head_dim, kC.head_dim_v) <= 64;
   static_assert(kPvLags || !kC.dropout);
 
-  // The next unit is asked for when so many blocks of keys of this one are left to be copied.
+  // The next unit is asked for when at most so many blocks of keys of this one are left to be copied.
   static constexpr int32 kAskedAhead = 4;
 
   static __forceinline__ void run(const HopperFwdProblem& p, char* shared) {
@@ -135,7 +135,7 @@ struct Fwd {
             // Blocks end with the sequence, in multiples of a warpgroup's rows: the one that is not full has the least
             // keys if causal.
             const int32 end = row + kC.block_q - (kC.block_q - 1 - (seq.q.size - 1) % kC.block_q) / 64 * 64;
-            if (first_lane) ends.wait_empty();
+            if (first_lane) ends.wait_empty();  // also if a visit has more than one
             tell({seq, head, max_of(end - kC.block_q, 0), end});
             ends.advance();
           },
@@ -416,14 +416,14 @@ struct Fwd {
         const bool grows = raise_maximum(s, state, rescale, factor, [&] {
           if constexpr (kTurnHasMaximum) pass_turn();
         });
-        // P V is nearly done. Until then it reads the weights, and beside exponentials new ones can be packed.
+        // P V reads the last block's weights until it is done: those of this one can be packed only behind it, and best
+        // beside the exponentials.
         wait_gemm<0>(o);
         if constexpr (kFirst) {
           if (due.rows > 0) {
             release(v_ring);
             write_results(before);
           }
-          begin_results(n);
         } else {
           release(v_ring);
           if (grows) scale_rows(o, rescale);
@@ -434,6 +434,7 @@ struct Fwd {
               in.dropout, p.options.keep_threshold, q_row + warp_row, n * kC.block_kv,
               [&](int32 m, int32 t, int32 e, bool keep) { s.x[m][t][e] = keep ? s.x[m][t][e] : 0.0f; });
         pack<kDType>(probs, s);
+        if constexpr (kFirst) begin_results(n);
       };
       // Q K^T of block n, then its P V: that of the first half beside the exponentials of the second one.
       auto halved_step = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {

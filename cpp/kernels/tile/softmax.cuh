@@ -100,10 +100,10 @@ __forceinline__ void weigh(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, 
 }
 
 // raise_maximum() and weigh() of all columns.
-template <bool kGuard, int32 kM, int32 kN, class OnMaximum>
+template <bool kGuard, int32 kM, int32 kN>
 __forceinline__ bool online_softmax(Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
-                                    float factor, OnMaximum on_maximum) {
-  const bool grows = raise_maximum(s, state, rescale, factor, on_maximum);
+                                    float factor) {
+  const bool grows = raise_maximum(s, state, rescale, factor, [] {});
   weigh<kGuard, 0, kN>(s, state, factor);
   return grows;
 }
