@@ -156,7 +156,7 @@ HOPPER_CASES += [Case("sm_90a", BACKWARD, 64, 40, None, F16, HOPPER)]
 LARGE = ((64, 64), (96, 96), (128, 128), (64, 128))
 HOPPER_CASES += [Case("sm_90a", FORWARD, *dims, "large blocks", family=HOPPER) for dims in LARGE]
 # As many keys a block as beside 128 columns of Q, and a bias that has tiles.
-HOPPER_CASES += [Case("sm_90a", FORWARD, 192, 128, feature, family=HOPPER) for feature in ("segments", "dropout", "all")]
+HOPPER_CASES += [Case("sm_90a", FORWARD, 192, 128, f, family=HOPPER) for f in ("segments", "dropout", "all")]
 HOPPER_CASES += [Case("sm_90a", FORWARD, 192, 32, "bias", family=HOPPER)]
 # Blocks of keys of which a bias has no tiles, though there would be room; and pairs of thread blocks.
 HOPPER_CASES += [Case("sm_90a", FORWARD, 256, 128, "bias", family=HOPPER)]
