@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -300,31 +301,36 @@ def is_in_pairs(c: dict[str, int]) -> bool:
 WAIT_FOR_PRODUCTS, EXPONENTIAL, PACK = 0x9C5, 0x308, 0x23E
 
 
+def operations_and_waits(cubin: bytes, direction: int) -> Iterator[tuple[int, int | None]]:
+    """Operations of the main kernel, and of each wait for products how many groups of them may go on."""
+    for lower, upper in struct.iter_unpack("<QQ", section_of(cubin, b".text." + ENTRIES[direction])):
+        operation = lower & 0xFFF
+        is_wait = operation == WAIT_FOR_PRODUCTS and upper >> 16 & 1  # else it is the fence in front of products
+        yield operation, upper >> 8 & 0xFF if is_wait else None
+
+
 def exponentials_beside_products(cubin: bytes, direction: int) -> list[int]:
     """How many stand between each wait for all products but the last one and the next wait, where some are to run
     beside that product: compilers like to move them behind it."""
-    code = section_of(cubin, b".text." + ENTRIES[direction])
     counts, pending = [], None
-    for lower, upper in struct.iter_unpack("<QQ", code):
-        if lower & 0xFFF == EXPONENTIAL and pending == 1:
-            counts[-1] += 1
-        if lower & 0xFFF == WAIT_FOR_PRODUCTS and upper >> 16 & 1:  # else it is the fence in front of products
-            pending = upper >> 8 & 0xFF
+    for operation, waits in operations_and_waits(cubin, direction):
+        if waits is not None:
+            pending = waits
             if pending == 1:
                 counts.append(0)
+        elif operation == EXPONENTIAL and pending == 1:
+            counts[-1] += 1
     return counts
 
 
 def packs_beside_exponentials(cubin: bytes) -> list[tuple[int, int]]:
     """Between a wait for all products and the next product: how many exponentials there are, and how many times two
     weights are packed in front of the last of them."""
-    code = section_of(cubin, b".text." + ENTRIES[FORWARD])
     counts: list[tuple[int, int]] = []
     waited, packs = False, 0
-    for lower, upper in struct.iter_unpack("<QQ", code):
-        operation = lower & 0xFFF
-        if operation == WAIT_FOR_PRODUCTS and upper >> 16 & 1:  # else it is the fence in front of products
-            waited, packs = upper >> 8 & 0xFF == 0, 0
+    for operation, waits in operations_and_waits(cubin, FORWARD):
+        if waits is not None:
+            waited, packs = waits == 0, 0
             if waited:
                 counts.append((0, 0))
         elif operation & 0x3FF == HGMMA:
