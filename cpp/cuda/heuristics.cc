@@ -140,10 +140,11 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return hopper ? hopper_dbias_tiling(head_dim) : dbias_tiling(c, head_dim, arch);
 }
 
-// Whether blocks of 192 queries shall do, by three warpgroups, and not of 128. Cycles in thousands of both, on an H100
-// (since, both take less, not measured again): head dim 64: 512 full 343, 369; 4096 full 1900, 2140; head dim 96: 1024
-// full 463, 498, causal 352, 341; 2048 causal 512, 532; 16384 full 6080, 6970; head dim 128: 1024 full 413, 409; 2048
-// full 698, 730, causal 447, 435; 4096 causal 752, 751; 8192 causal 1339, 1495; 16384 full 5140, 5450.
+// Whether blocks of 192 queries shall do, by three warpgroups, and not of 128. Cycles in thousands of both, on an H100:
+// head dim 64: 512 full 306, 331, causal 303, 279; 1024 causal 399, 394; 2048 causal 576, 607; 16384 full 6329, 7513;
+// head dim 96 (both take less since): 1024 full 463, 498, causal 352, 341; 2048 causal 512, 532; head dim 128: 1024
+// full 390, 373; 2048 full 656, 669, causal 431, 406; 4096 causal 707, 688; 8192 causal 1314, 1266; 16384 causal 2357,
+// 2415, full 4703, 4841.
 bool suits_large_blocks(const FwdProblem& p) {
   constexpr int64 kMultiprocessors = 132;  // of an H100 or H200 as most are
   const Options& o = p.options;
@@ -151,7 +152,7 @@ bool suits_large_blocks(const FwdProblem& p) {
   // Where queries see different keys, large blocks do more in vain.
   const bool all_see_all = o.window_left < 0 && o.window_right < 0;
   const int64 least_of_full = head_dim <= 64 ? 512 : head_dim <= 96 ? 1024 : 2048;
-  const int64 least = all_see_all ? least_of_full : head_dim <= 96 ? 2048 : 4096;
+  const int64 least = all_see_all ? least_of_full : head_dim <= 96 ? 2048 : 16384;
   if (min_of<int64>(p.max_seqlen_q, o.window_left < 0 ? p.max_seqlen_q : o.window_left) < least) return false;
   // A block of 192 takes 6 to 14 % less time for each query, but there are fewer to share among multiprocessors. Of
   // packed sequences only the greatest length is known here.

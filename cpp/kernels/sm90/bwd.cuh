@@ -412,15 +412,16 @@ struct Bwd {
     return address_of<uint16, kBatchAxes>(p, view, block.seq.batch, block.kv_head, block.seq.kv.begin + block.kv_row);
   }
 
-  static __forceinline__ void store_dk(const HopperBwdProblem& p, const Block& block, const auto& dk, int32 warp_key) {
-    store_rows<kDType>(dk, target(p, p.dk, block), p.dk.row_stride, warp_key, block.keys, int32(p.head_dim),
-                       [&](int32) { return p.options.scale; });
+  // Of a warp, whose 2 KB of `scratch` nobody else uses.
+  static __forceinline__ void store_dk(const HopperBwdProblem& p, const Block& block, const auto& dk, char* scratch,
+                                       int32 warp_key) {
+    store_rows_through<kDType>(scratch + warp_key * 128, dk, p.options.scale, target(p, p.dk, block), p.dk.row_stride,
+                               warp_key, block.keys, int32(p.head_dim));
   }
-
-  static __forceinline__ void store_dv(const HopperBwdProblem& p, const Block& block, const auto& dv, int32 warp_key) {
-    const float dropout_scale = 256.0f / float(p.options.keep_threshold);
-    store_rows<kDType>(dv, target(p, p.dv, block), p.dv.row_stride, warp_key, block.keys, int32(p.head_dim_v),
-                       [&](int32) { return dropout_scale; });
+  static __forceinline__ void store_dv(const HopperBwdProblem& p, const Block& block, const auto& dv, char* scratch,
+                                       int32 warp_key) {
+    store_rows_through<kDType>(scratch + warp_key * 128, dv, 256.0f / float(p.options.keep_threshold),
+                               target(p, p.dv, block), p.dv.row_stride, warp_key, block.keys, int32(p.head_dim_v));
   }
 
   // A warpgroup's part of dQ = dS K, done a step late, and its addition to what other thread blocks have found.
@@ -515,6 +516,24 @@ struct Bwd {
     return *reinterpret_cast<const float2*>(shared + first + statistics_offset(8 * i) + offset);
   }
 
+  // dP^T begins at -delta, which then need not be subtracted, unless dropout comes in between. To be called in front of
+  // all products of a step: what is read from shared memory queues behind those that are issued.
+  static constexpr bool kDeltaFirst = !kC.dropout;
+  static __forceinline__ void begin_dp(Accumulator<16, kC.block_q>& dp, const char* shared, int32 stage) {
+    if constexpr (kDeltaFirst) {
+#pragma unroll
+      for (int32 i = 0; i < kC.block_q / 8; ++i) {
+        const float2 delta = pair_of(shared, stage, kDeltaBehindLse, i);
+        dp.x[0][i][0] = dp.x[0][i][2] = -delta.x, dp.x[0][i][1] = dp.x[0][i][3] = -delta.y;
+      }
+      ptx::settled(dp.x[0]);  // else copies of registers stand between products, which ptxas then waits for
+    }
+  }
+  // What is left to be subtracted.
+  static __forceinline__ float2 delta_of(const char* shared, int32 stage, int32 i) {
+    return kDeltaFirst ? float2{0.0f, 0.0f} : pair_of(shared, stage, kDeltaBehindLse, i);
+  }
+
   static __forceinline__ auto bias_tile(uint32 base, int32 stage, int32 warp_key) {
     if constexpr (kC.bias_tiled)
       return ColsOfA<typename Storage::Bias>{{base, Storage::kBias + stage * Storage::kBiasBytes, 0, warp_key}};
@@ -575,35 +594,50 @@ struct Bwd {
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         rows.wait_full();
         hide_rows_without_keys<Q, O>(shared, queries, warpgroup, queries.q_tile, queries.do_tile);
+        begin_dp(ds, shared, queries.stage);
+        // So does the lse of 64 queries, where there are registers for it.
+        constexpr bool kEarlyLse = !(kC.softcap || kC.segments || kC.dropout || kC.mask || (kC.bias && !kC.bias_tiled));
+        float2 early_lse[8];
+#pragma unroll
+        for (int32 i = 0; i < 8; ++i) early_lse[i] = kEarlyLse ? pair_of(shared, queries.stage, 0, i) : float2{};
         if constexpr (kKvInRegisters) {
           issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(queries.q_tile));
-          issue_gemm<kDType, false>(ds, v_rows, RowsOperand<O>(queries.do_tile));
+          issue_gemm<kDType, kDeltaFirst>(ds, v_rows, RowsOperand<O>(queries.do_tile));
         } else {
           issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
                                                  RowsOperand<Q>(queries.q_tile));
-          issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, key_row),
-                                                   RowsOperand<O>(queries.do_tile));
+          issue_gemm<kDType, kC.head_dim_v, kDeltaFirst>(ds, RowsOperand<V>(base + Storage::kV, key_row),
+                                                         RowsOperand<O>(queries.do_tile));
         }
         TileGradient<kC, 16, kC.block_q> gradient;
         wait_gemm<1>(s);
-        gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
-                         bias_tile(base, queries.stage, warp_key),
-                         [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
+        gradient.weights(
+            s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row, bias_tile(base, queries.stage, warp_key),
+            [&](int32 i) { return kEarlyLse && i < 8 ? early_lse[i % 8] : pair_of(shared, queries.stage, 0, i); });
         const auto ds_place = TileReader<S, Order::kDown>(base, Storage::kDs, warp_key).stage(scores.stage());
-        auto finish = [&]<int32 kFrom, int32 kTo>() {  // the columns [kFrom, kTo) of P^T, then of dS^T
+        // One half of the queries behind the other takes fewer registers.
+        constexpr int32 kHalf = kC.block_q / 2;
+        auto pack_weights = [&]<int32 kFrom, int32 kTo>() {
           Accumulator<16, kC.block_q> kept = s;
           gradient.template drop<kFrom, kTo>(kept);
           pack<kDType, kFrom, kTo>(probs, kept);
-          issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
-          if constexpr (kFrom == 0) wait_gemm<1>(ds);
-          gradient.template scores<kFrom, kTo>(
-              ds, s, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
+        };
+        auto store_scores = [&]<int32 kFrom, int32 kTo>() {
+          gradient.template scores<kFrom, kTo>(ds, s, p, [&](int32 i) { return delta_of(shared, queries.stage, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
           store_fragments<kFrom, kTo>(ds_place, dscores);
         };
-        // One half behind the other takes fewer registers.
-        finish.template operator()<0, kC.block_q / 2>();
-        finish.template operator()<kC.block_q / 2, kC.block_q>();
+        auto issue_dv = [&]<int32 kFrom, int32 kTo>() {
+          issue_gemm<kDType, true, kFrom, kTo>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
+        };
+        pack_weights.template operator()<0, kHalf>();
+        issue_dv.template operator()<0, kHalf>();
+        wait_gemm<1>(ds);
+        store_scores.template operator()<0, kHalf>();
+        pack_weights.template operator()<kHalf, kC.block_q>();
+        store_scores.template operator()<kHalf, kC.block_q>();
+        // Behind the stores, which would queue behind it.
+        issue_dv.template operator()<kHalf, kC.block_q>();
         ptx::fence_proxy_async();
         fill(scores);
         late_dq.issue();
@@ -618,8 +652,10 @@ struct Bwd {
       late_dq.finish();
       release(rings.kv_ring);
     }
-    store_dk(p, block, dk_sum, warp_key);
-    store_dv(p, block, dv_sum, warp_key);
+    // The next buffer of dS^T, which everyone has read: of its rows the warp's own, which it alone writes.
+    char* scratch = shared + Storage::kDs + scores.stage() * S::kBytes;
+    store_dk(p, block, dk_sum, scratch, warp_key);
+    store_dv(p, block, dv_sum, scratch, warp_key);
   }
 
   // Of a pair: a warpgroup that does its keys' products with Q. dK is a step late too, as dS^T is.
@@ -673,7 +709,13 @@ struct Bwd {
       if (steps > 0) finish_last(rings.due_rows.stage());
       release(rings.kv_ring);
     }
-    store_dk(p, block, dk_sum, warp_key);
+    // The next buffer of dS^T, which everyone has read then. The peer writes the warp's rows of it when it has got the
+    // warp's next weights.
+    ptx::barrier_sync(kComputing, kComputingThreads);
+    auto next = rings.due_scores;
+    next.advance();
+    store_dk(p, block, dk_sum, shared + Storage::kDs + next.stage() * S::kBytes, warp_key);
+    ptx::fence_proxy_async();
   }
 
   // Where a thread finds the weights, and behind them the slopes of a soft cap, that the one with the same keys and
@@ -746,8 +788,9 @@ struct Bwd {
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         rings.rows.wait_full();
         hide_rows_without_keys<O>(shared, queries, warpgroup, queries.do_tile);
-        issue_gemm<kDType, kC.head_dim_v, false>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
-                                                 RowsOperand<O>(queries.do_tile));
+        begin_dp(ds, shared, queries.stage);
+        issue_gemm<kDType, kC.head_dim_v, kDeltaFirst>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
+                                                       RowsOperand<O>(queries.do_tile));
         TileGradient<kC, 16, kC.block_q> gradient;
         gradient.draw(p, in, block.kv_row + warp_key, queries.row);
         receive_weights(probs, gradient, shared, rings.weights);
@@ -760,7 +803,7 @@ struct Bwd {
         wait_gemm<0>(ds);
         late_dq.issue();
         issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
-        gradient.scores(ds, weights, p, [&](int32 i) { return pair_of(shared, queries.stage, kDeltaBehindLse, i); });
+        gradient.scores(ds, weights, p, [&](int32 i) { return delta_of(shared, queries.stage, i); });
         pack<kDType>(dscores, ds);
         send_scores(dscores, base, warp_key, rings.scores);
         release_weights(rings.weights);
@@ -774,7 +817,9 @@ struct Bwd {
       late_dq.finish();
       release(rings.kv_ring);
     }
-    store_dv(p, block, dv_sum, warp_key);
+    // The next buffer of dS^T, once it has been read and copied: of its rows the warp's own, which it alone writes.
+    rings.scores.wait_empty();
+    store_dv(p, block, dv_sum, shared + Storage::kDs + rings.scores.stage() * Storage::S::kBytes, warp_key);
   }
 
   // A warp's part of dS^T, into both thread blocks' shared memory.

@@ -47,6 +47,36 @@ __forceinline__ void store_rows(const Accumulator<16, kN>& c, uint16* target, in
   }
 }
 
+// The same with one factor, through 2 KB of shared memory that nobody else uses meanwhile, a multiple of 128 bytes into
+// it: a fifth of the instructions.
+template <DType kDType, int32 kN>
+__forceinline__ void store_rows_through(char* scratch, const Accumulator<16, kN>& c, float factor, uint16* target,
+                                        int64 stride, int32 row, int32 rows, int32 cols) {
+  using Panel = Tile<16, 64>;
+  const TileReader<Panel, Order::kDown> place(ptx::shared_address(scratch), 0, 0);
+  const int32 lane = threadIdx.x % 32, chunk = lane % 8;
+#pragma unroll
+  for (int32 col = 0; col < kN; col += 64) {
+#pragma unroll
+    for (int32 n = 0; n < min_of(64, kN - col); n += 16) {
+      const float(&left)[4] = c.x[0][(col + n) / 8];
+      const float(&right)[4] = c.x[0][(col + n) / 8 + 1];
+      ptx::stmatrix_x4(place.at(0, n), {ptx::pack<kDType>(left[0] * factor, left[1] * factor),
+                                        ptx::pack<kDType>(left[2] * factor, left[3] * factor),
+                                        ptx::pack<kDType>(right[0] * factor, right[1] * factor),
+                                        ptx::pack<kDType>(right[2] * factor, right[3] * factor)});
+    }
+    __syncwarp();
+#pragma unroll
+    for (int32 r = lane / 8; r < 16; r += 4) {
+      const uint4 x = *reinterpret_cast<const uint4*>(scratch + Panel::offset(r, chunk));
+      if (row + r < rows && col + 8 * chunk < cols)
+        *reinterpret_cast<uint4*>(target + (row + r) * stride + col + 8 * chunk) = x;
+    }
+    __syncwarp();
+  }
+}
+
 // Zeros rows [row, row_end) of a tile in shared memory, by `threads` threads of which this one is `thread`.
 template <class T>
 __forceinline__ void zero_rows(uint32 tile, int32 row, int32 row_end, int32 thread, int32 threads) {
