@@ -214,6 +214,7 @@ def section_of(elf: bytes, name: bytes) -> bytes:
 # From sm_80 to sm_120 an instruction takes 16 bytes and has its operation in the lowest 12 bits (nvdisasm prints both).
 HMMA, STORE_LOCAL, LOAD_LOCAL = 0x23C, 0x387, 0x983
 HGMMA = 0x1F0  # in the lowest 10
+LOAD_SHARED, STORE_MATRIX = 0x984, 0x844
 ENTRIES = {FORWARD: b"jax_flash_fwd", BACKWARD: b"jax_flash_bwd", DBIAS: b"jax_flash_dbias"}
 
 
@@ -353,6 +354,19 @@ def exponentials_between_halves(cubin: bytes, c: dict[str, int]) -> list[int]:
     return [operations[step[qk] : step[qk + pv // 2]].count(EXPONENTIAL) for step in steps]
 
 
+def queued_behind_products(cubin: bytes) -> tuple[int, int]:
+    """What the backward reads from shared memory while any product may be under way, and what it writes between a
+    product and the next wait: both take place when those products have begun."""
+    reads, writes, pending, issued = 0, 0, False, False
+    for operation, waits in operations_and_waits(cubin, BACKWARD):
+        is_product = operation & 0x3FF == HGMMA
+        pending = waits != 0 and (pending or is_product)
+        issued = waits is None and (issued or is_product)
+        reads += pending and operation == LOAD_SHARED
+        writes += issued and operation == STORE_MATRIX
+    return reads, writes
+
+
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
 def test_hopper_kernel(case):
     """Products that ptxas runs one after the other (C7510 and its like) or registers that it does not hand over
@@ -382,6 +396,8 @@ def test_hopper_kernel(case):
         # Beside dP^T, but for some of a second half of the queries: beside dV of the first. In pairs of thread blocks
         # they run beside the other warpgroup's products.
         assert counts[0] >= config["block_q"] / 4 and sum(counts) >= config["block_q"] / 2
+        # There are registers for the lse of 64 queries, which is read in front.
+        assert case.feature or queued_behind_products(cubin) == (config["block_q"] // 8 - 8, 0)
     shares = PAIRED_HOPPER_SHARE if is_in_pairs(config) else HOPPER_SHARE
     assert hopper_share_of_local_memory(cubin, config) <= shares.get(case.feature or "", OTHER_HOPPER_SHARE)
 

@@ -290,7 +290,7 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "64, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "no keys", "no queries",
+    "64 float16 bottom", "72, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "no keys", "no queries",
     "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
     "deterministic", "deterministic 256", "everything",
 )  # fmt: skip
@@ -486,8 +486,8 @@ PACKED = {
 }
 
 
-def packed(rng, offsets_q, offsets_kv, dim, longest, **options):
-    arrays = [rng.normal(200, heads, dim, dtype=BF16) for heads in (4, 2, 2)]
+def packed(rng, offsets_q, offsets_kv, dim, longest, heads=4, **options):
+    arrays = [rng.normal(200, n, dim, dtype=BF16) for n in (heads, 2, 2)]
     call = functools.partial(
         flash_attention_varlen, cu_seqlens_q=ints(*offsets_q), cu_seqlens_kv=ints(*offsets_kv), max_seqlen_q=longest,
         max_seqlen_kv=longest, return_lse=True, **options,
@@ -515,9 +515,13 @@ def test_packed(rng, emulated, option, dim, family):
 
 @pytest.mark.parametrize("dim, family", [(64, PORTABLE), (128, HOPPER), (192, HOPPER)])
 def test_sequences_longer_than_stated(rng, emulated, dim, family):
-    """A unit of work has several blocks then."""
-    offsets = (0, 10, 200), (0, 10, 200)
-    compare(emulated, *packed(rng, *offsets, dim, 64, **PACKED["causal"]), family=family)
+    """A unit of work has several blocks then: with an even and an odd number of steps, and with none."""
+    for offsets_q, heads, options in (
+        ((0, 10, 200), 4, PACKED["causal"]),
+        ((0, 10, 200), 2, PACKED["causal"]),
+        ((0, 10, 40), 2, {**PACKED["causal"], **TOP}),
+    ):
+        compare(emulated, *packed(rng, offsets_q, (0, 10, 200), dim, 64, heads, **options), family=family)
 
 
 @pytest.mark.parametrize("option, dim", [("causal", 64), ("full", 128)])

@@ -146,7 +146,7 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
 
 // Hopper's backward: buffers of dS, which is read a step late. In one thread block, a warpgroup that writes that of
 // step j has waited until both had written that of step j - 2, and so were done with step j - 3, which read j - 4's:
-// hence no barrier says that a buffer is free. In a pair one does.
+// hence no barrier says that a buffer is free. In a pair one does. The next buffer also serves to store dK and dV.
 static constexpr int32 score_buffers(const KernelConfig& c) {
   return in_pairs(c) ? 2 : 4;
 }

@@ -117,7 +117,8 @@ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving a use of d in front of the wait, of which it does not know that it writes d.
+// Keeps the compiler from moving a use of d in front of the wait, of which it does not know that it writes d. In front
+// of products: has d written by now.
 template <int32 kTiles>
 __forceinline__ void settled(float (&d)[kTiles][4]) {
 #pragma unroll

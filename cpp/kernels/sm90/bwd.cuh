@@ -412,16 +412,20 @@ struct Bwd {
     return address_of<uint16, kBatchAxes>(p, view, block.seq.batch, block.kv_head, block.seq.kv.begin + block.kv_row);
   }
 
-  // Of a warp, whose 2 KB of `scratch` nobody else uses.
+  // A warp's rows in a buffer of dS^T, through which it stores dK and dV: of the next step, which everyone has read,
+  // and whose rows nobody else writes.
+  static __forceinline__ char* scratch_of(char* shared, const typename Storage::Scores& next, int32 warp_key) {
+    return shared + Storage::kDs + next.stage() * Storage::S::kBytes + warp_key * Storage::S::kRowBytes;
+  }
   static __forceinline__ void store_dk(const HopperBwdProblem& p, const Block& block, const auto& dk, char* scratch,
                                        int32 warp_key) {
-    store_rows_through<kDType>(scratch + warp_key * 128, dk, p.options.scale, target(p, p.dk, block), p.dk.row_stride,
-                               warp_key, block.keys, int32(p.head_dim));
+    store_rows_through<kDType>(scratch, dk, p.options.scale, target(p, p.dk, block), p.dk.row_stride, warp_key,
+                               block.keys, int32(p.head_dim));
   }
   static __forceinline__ void store_dv(const HopperBwdProblem& p, const Block& block, const auto& dv, char* scratch,
                                        int32 warp_key) {
-    store_rows_through<kDType>(scratch + warp_key * 128, dv, 256.0f / float(p.options.keep_threshold),
-                               target(p, p.dv, block), p.dv.row_stride, warp_key, block.keys, int32(p.head_dim_v));
+    store_rows_through<kDType>(scratch, dv, 256.0f / float(p.options.keep_threshold), target(p, p.dv, block),
+                               p.dv.row_stride, warp_key, block.keys, int32(p.head_dim_v));
   }
 
   // A warpgroup's part of dQ = dS K, done a step late, and its addition to what other thread blocks have found.
@@ -526,7 +530,7 @@ struct Bwd {
         const float2 delta = pair_of(shared, stage, kDeltaBehindLse, i);
         dp.x[0][i][0] = dp.x[0][i][2] = -delta.x, dp.x[0][i][1] = dp.x[0][i][3] = -delta.y;
       }
-      ptx::settled(dp.x[0]);  // else copies of registers stand between products, which ptxas then waits for
+      ptx::settled(dp.x[0]);  // else some of it is written between products, which ptxas then waits for
     }
   }
   // What is left to be subtracted.
@@ -595,7 +599,8 @@ struct Bwd {
         rows.wait_full();
         hide_rows_without_keys<Q, O>(shared, queries, warpgroup, queries.q_tile, queries.do_tile);
         begin_dp(ds, shared, queries.stage);
-        // So does the lse of 64 queries, where there are registers for it.
+        // The lse of the first 64 queries is read here too, where there are registers; that of others when it is
+        // needed.
         constexpr bool kEarlyLse = !(kC.softcap || kC.segments || kC.dropout || kC.mask || (kC.bias && !kC.bias_tiled));
         float2 early_lse[8];
 #pragma unroll
@@ -636,7 +641,7 @@ struct Bwd {
         store_scores.template operator()<0, kHalf>();
         pack_weights.template operator()<kHalf, kC.block_q>();
         store_scores.template operator()<kHalf, kC.block_q>();
-        // Behind the stores, which would queue behind it.
+        // Behind the stores of dS^T, as accesses to shared memory queue behind products issued earlier.
         issue_dv.template operator()<kHalf, kC.block_q>();
         ptx::fence_proxy_async();
         fill(scores);
@@ -652,8 +657,7 @@ struct Bwd {
       late_dq.finish();
       release(rings.kv_ring);
     }
-    // The next buffer of dS^T, which everyone has read: of its rows the warp's own, which it alone writes.
-    char* scratch = shared + Storage::kDs + scores.stage() * S::kBytes;
+    char* scratch = scratch_of(shared, scores, warp_key);
     store_dk(p, block, dk_sum, scratch, warp_key);
     store_dv(p, block, dv_sum, scratch, warp_key);
   }
@@ -709,12 +713,12 @@ struct Bwd {
       if (steps > 0) finish_last(rings.due_rows.stage());
       release(rings.kv_ring);
     }
-    // The next buffer of dS^T, which everyone has read then. The peer writes the warp's rows of it when it has got the
-    // warp's next weights.
+    // The other warpgroup may still read the next buffer, for dQ of the last step but one. The peer's copy engine
+    // writes the warp's rows of it for the next block, when the peer has got this warpgroup's weights: hence the fence.
     ptx::barrier_sync(kComputing, kComputingThreads);
     auto next = rings.due_scores;
     next.advance();
-    store_dk(p, block, dk_sum, shared + Storage::kDs + next.stage() * S::kBytes, warp_key);
+    store_dk(p, block, dk_sum, scratch_of(shared, next, warp_key), warp_key);
     ptx::fence_proxy_async();
   }
 
@@ -817,9 +821,8 @@ struct Bwd {
       late_dq.finish();
       release(rings.kv_ring);
     }
-    // The next buffer of dS^T, once it has been read and copied: of its rows the warp's own, which it alone writes.
-    rings.scores.wait_empty();
-    store_dv(p, block, dv_sum, shared + Storage::kDs + rings.scores.stage() * Storage::S::kBytes, warp_key);
+    rings.scores.wait_empty();  // until it has been copied to the peer
+    store_dv(p, block, dv_sum, scratch_of(shared, rings.scores, warp_key), warp_key);
   }
 
   // A warp's part of dS^T, into both thread blocks' shared memory.

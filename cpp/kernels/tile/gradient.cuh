@@ -50,7 +50,8 @@ class TileGradient {
           [&](int32 m, int32 n, int32 e, bool keep) { kept_[m][n / 8] |= uint32(keep) << (n % 8 * 4 + e); });
   }
 
-  // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias. delta(n) is like lse(n).
+  // dP^T becomes the gradient of the scores behind the soft cap, hence also that of the bias. delta(n) is like lse(n),
+  // or 0 where dP^T began at -delta.
   template <int32 kFrom = 0, int32 kTo = kN, class Delta>
   __forceinline__ void capped_scores(Accumulator<kM, kN>& ds, const Accumulator<kM, kN>& weights, const Problem& p,
                                      Delta delta) const {

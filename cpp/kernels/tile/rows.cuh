@@ -1,4 +1,4 @@
-// Rows of tiles: of accumulators, straight from registers to global memory, and of shared memory, zeroed.
+// Rows of tiles: of accumulators, from registers to global memory, and of shared memory, zeroed.
 #pragma once
 
 #include "kernels/ptx/convert.cuh"
@@ -47,8 +47,8 @@ __forceinline__ void store_rows(const Accumulator<16, kN>& c, uint16* target, in
   }
 }
 
-// The same with one factor, through 2 KB of shared memory that nobody else uses meanwhile, a multiple of 128 bytes into
-// it: a fifth of the instructions.
+// The same with one factor, and fewer instructions: through 2 KB of shared memory at a multiple of 128 bytes, which
+// nobody else uses meanwhile.
 template <DType kDType, int32 kN>
 __forceinline__ void store_rows_through(char* scratch, const Accumulator<16, kN>& c, float factor, uint16* target,
                                         int64 stride, int32 row, int32 rows, int32 cols) {
@@ -68,7 +68,8 @@ __forceinline__ void store_rows_through(char* scratch, const Accumulator<16, kN>
     }
     __syncwarp();
 #pragma unroll
-    for (int32 r = lane / 8; r < 16; r += 4) {
+    for (int32 i = 0; i < 16; i += 4) {
+      const int32 r = lane / 8 + i;
       const uint4 x = *reinterpret_cast<const uint4*>(scratch + Panel::offset(r, chunk));
       if (row + r < rows && col + 8 * chunk < cols)
         *reinterpret_cast<uint4*>(target + (row + r) * stride + col + 8 * chunk) = x;
