@@ -109,7 +109,13 @@ def features(direction: int) -> list[str]:
     return [name for name in FEATURES if ONLY.get(name, direction) == direction]
 
 
-CASES = [Case(arch, d, dim, dim) for arch in SHARED_LIMITS for dim in CLASSES for d in DIRECTIONS]
+# Of architectures with the tiles of another one, two head dims.
+CASES = [
+    Case(arch, d, dim, dim)
+    for arch in SHARED_LIMITS
+    for dim in (CLASSES if arch in ("sm_80", "sm_86", "sm_90a") else (64, 256))
+    for d in DIRECTIONS
+]
 # Unequal head dims, and rows that do not start on 16 bytes.
 CASES += [Case(arch, d, *dims) for arch in ("sm_80", "sm_90a") for dims in ((192, 128), (111, 111)) for d in DIRECTIONS]
 CASES += [Case("sm_80", d, 64, 64, dtype=F16) for d in DIRECTIONS]
