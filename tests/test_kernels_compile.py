@@ -109,11 +109,11 @@ def features(direction: int) -> list[str]:
     return [name for name in FEATURES if ONLY.get(name, direction) == direction]
 
 
-# Of architectures with the tiles of another one, two head dims.
+# Of architectures with the tiles of another one, three head dims.
 CASES = [
     Case(arch, d, dim, dim)
     for arch in SHARED_LIMITS
-    for dim in (CLASSES if arch in ("sm_80", "sm_86", "sm_90a") else (64, 256))
+    for dim in (CLASSES if arch in ("sm_80", "sm_86", "sm_90a") else (64, 128, 256))
     for d in DIRECTIONS
 ]
 # Unequal head dims, and rows that do not start on 16 bytes.
