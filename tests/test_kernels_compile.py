@@ -109,13 +109,7 @@ def features(direction: int) -> list[str]:
     return [name for name in FEATURES if ONLY.get(name, direction) == direction]
 
 
-# Of architectures with the tiles of another one, three head dims.
-CASES = [
-    Case(arch, d, dim, dim)
-    for arch in SHARED_LIMITS
-    for dim in (CLASSES if arch in ("sm_80", "sm_86", "sm_90a") else (64, 128, 256))
-    for d in DIRECTIONS
-]
+CASES = [Case(arch, d, dim, dim) for arch in SHARED_LIMITS for dim in CLASSES for d in DIRECTIONS]
 # Unequal head dims, and rows that do not start on 16 bytes.
 CASES += [Case(arch, d, *dims) for arch in ("sm_80", "sm_90a") for dims in ((192, 128), (111, 111)) for d in DIRECTIONS]
 CASES += [Case("sm_80", d, 64, 64, dtype=F16) for d in DIRECTIONS]
@@ -402,8 +396,9 @@ def test_hopper_kernel(case):
         # Beside dP^T, but for some of a second half of the queries: beside dV of the first. In pairs of thread blocks
         # they run beside the other warpgroup's products.
         assert counts[0] >= config["block_q"] / 4 and sum(counts) >= config["block_q"] / 2
-        # There are registers for the lse of 64 queries, which is read in front.
-        assert case.feature or queued_behind_products(cubin) == (config["block_q"] // 8 - 8, 0)
+        if case.direction == BACKWARD and not case.feature:
+            # There are registers for the lse of 64 queries, which is read in front.
+            assert queued_behind_products(cubin) == (config["block_q"] // 8 - 8, 0)
     shares = PAIRED_HOPPER_SHARE if is_in_pairs(config) else HOPPER_SHARE
     assert hopper_share_of_local_memory(cubin, config) <= shares.get(case.feature or "", OTHER_HOPPER_SHARE)
 
