@@ -35,13 +35,16 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or "no C++ compiler"
 # Each library keeps its symbols to itself.
 LINKING = ("-shared", "-Wl,-Bsymbolic")
 FLAGS = f"-std=c++20 -w -fPIC -fno-gnu-unique {' '.join(LINKING)}"
-# -Og: most kernels run for less time than more would take to compile. Fortified longjmp would not leave a fiber. Checks
-# of undefined behaviour take a third of all time. A GPU shifts by too much otherwise than a CPU does.
+# Fortified longjmp would not leave a fiber.
+GPU_FLAGS = f"{FLAGS} -fno-strict-aliasing -U_FORTIFY_SOURCE"
+# -Og: most kernels run for less time than more would take to compile. A GPU shifts by too much otherwise than a CPU
+# does.
 KERNEL_FLAGS = (
-    f"{FLAGS} -Og -Wno-psabi -fno-strict-aliasing -U_FORTIFY_SOURCE "
+    f"{GPU_FLAGS} -Og -Wno-psabi "
     "-ftrivial-auto-var-init=pattern -fsanitize-undefined-trap-on-error "
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
 )
+GPU_FILES = ["gpu.cc", "ptx.cc"]
 HOST_FILES = [
     "cuda/disk_cache.cc", "cuda/heuristics.cc", "cuda/jit.cc", "cuda/launch_bwd.cc", "cuda/launch_dbias.cc",
     "cuda/launch_fwd.cc", "cuda/simplify.cc", "cuda/tensor_map.cc", "ffi/decode.cc",
@@ -79,43 +82,53 @@ def compile_library(target: Path, flags: list[str]) -> None:
     temporary.replace(target)
 
 
+INCLUDES = [f"-I{EMULATOR}", f"-I{ROOT / 'cpp'}"]
+
+
 @pytest.fixture(scope="session")
-def runtime(request, tmp_path_factory) -> ctypes.CDLL:
-    """The library with the emulated GPU's run time, registered with XLA. It and all kernels stay in pytest's cache."""
+def build(request, tmp_path_factory) -> Path:
+    """The folder for what is compiled of these sources: in pytest's cache, where it stays."""
     cache = getattr(request.config, "cache", None)  # None with -p no:cacheprovider
     sources = [p for folder in (ROOT / "cpp", EMULATOR) for p in sorted(folder.rglob("*")) if p.is_file()]
     key = hashlib.sha256("\0".join([KERNEL_FLAGS, version_of_compiler(), jax.__version__]).encode())
     for path in sources:
         key.update(path.read_bytes())
-    version = key.hexdigest()[:16]
-    folder = (cache.mkdir("emulator") if cache else tmp_path_factory.mktemp("emulator")) / version
+    folder = (cache.mkdir("emulator") if cache else tmp_path_factory.mktemp("emulator")) / key.hexdigest()[:16]
     folder.mkdir(exist_ok=True)
-    library = folder / "emulator.so"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpu(build) -> Path:
+    """The library with what all kernels have in common."""
+    library = build / "gpu.so"
+    if not library.exists():
+        compile_library(library, [*GPU_FLAGS.split(), "-O2", *INCLUDES, *(str(EMULATOR / f) for f in GPU_FILES)])
+    return library
+
+
+@pytest.fixture(scope="session")
+def runtime(build, gpu) -> ctypes.CDLL:
+    """The library with the emulated GPU's run time, registered with XLA."""
+    library = build / "emulator.so"
     if not library.exists():
         with contextlib.suppress(FileExistsError):
-            (folder / "cuda").symlink_to(ROOT / "cpp")  # where the library looks for the kernels' sources
-        # What every kernel includes is read once, as a precompiled header: a third of the time that a kernel takes.
-        precompiled = folder / "precompiled"
+            (build / "cuda").symlink_to(ROOT / "cpp")  # where the library looks for the kernels' sources
+        precompiled = build / "precompiled"
         precompiled.mkdir(exist_ok=True)
-        includes = [f"-I{EMULATOR}", f"-I{ROOT / 'cpp'}"]
         header = ["-x", "c++-header", str(EMULATOR / "ptx.h")]
         flags = [flag for flag in KERNEL_FLAGS.split() if flag not in LINKING]
-        compile_library(precompiled / "ptx.h.gch", [*flags, *includes, *header])
+        compile_library(precompiled / "ptx.h.gch", [*flags, *INCLUDES, *header])
         kernel_compiler = f"{COMPILER} {KERNEL_FLAGS} -I'{precompiled}' -I. -I'{EMULATOR}' -I'{ROOT / 'cpp'}'"
-        defines = [f'-DEMULATOR_VERSION="{version}"', f'-DEMULATOR_COMPILER="{kernel_compiler}"']
+        defines = [
+            f'-DEMULATOR_VERSION="{build.name}"',
+            f'-DEMULATOR_COMPILER="{kernel_compiler}"',
+            f'-DEMULATOR_LIBRARY="{gpu}"',
+        ]
         files = [str(EMULATOR / "runtime.cc"), *(str(ROOT / "cpp" / name) for name in HOST_FILES)]
         compile_library(
             library,
-            [
-                *FLAGS.split(),
-                *defines,
-                f"-I{ROOT / 'cpp'}",
-                f"-I{EMULATOR}",
-                "-isystem",
-                jax.ffi.include_dir(),
-                *files,
-                "-ldl",
-            ],
+            [*FLAGS.split(), *defines, *INCLUDES, "-isystem", jax.ffi.include_dir(), *files, "-ldl"],
         )
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.argtypes = [ctypes.c_int, ctypes.c_longlong]
@@ -124,7 +137,7 @@ def runtime(request, tmp_path_factory) -> ctypes.CDLL:
     loaded.has_sound_order.argtypes = [ctypes.c_longlong] * 5
     loaded.has_sound_order.restype = ctypes.c_bool
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_FLASH_CACHE_DIR", str(folder / "kernels"))
+        patch.setenv("JAX_FLASH_CACHE_DIR", str(build / "kernels"))
         loaded.emulate(90, ARCHS[90])
     for name in ("emulated_fwd", "emulated_bwd", "emulated_dbias"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
@@ -650,7 +663,7 @@ HOPPER_KERNELS = {
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory) -> ctypes.CDLL:
+def kernels(gpu, tmp_path_factory) -> ctypes.CDLL:
     source = '#include "ptx.h"\nusing namespace flash;\nstruct P { const float* source; float* target; };\n'
     source += "alignas(1024) char shared[1 << 16];\nint none;\n"
     for i, (body, _) in enumerate(KERNELS.values()):
@@ -687,8 +700,9 @@ extern "C" const char* run_hopper_{i}(P p) {{
     (folder / "kernels" / "ptx").mkdir(parents=True)
     for header in (ROOT / "cpp" / "kernels" / "ptx").iterdir():
         (folder / "kernels" / "ptx" / header.name).write_text("#pragma once\n")
-    flags = [*KERNEL_FLAGS.split(), f"-I{folder}", f"-I{EMULATOR}", f"-I{ROOT / 'cpp'}", str(folder / "kernels.cc")]
-    compile_library(folder / "kernels.so", flags)
+    compile_library(
+        folder / "kernels.so", [*KERNEL_FLAGS.split(), f"-I{folder}", *INCLUDES, str(folder / "kernels.cc"), str(gpu)]
+    )
     return ctypes.CDLL(str(folder / "kernels.so"))
 
 

@@ -76,7 +76,7 @@ Compiled nvrtc_compile(const std::string& source, const std::map<std::string, st
   std::ofstream(folder + "/kernel.cc") << "#include \"ptx.h\"\n" << source << harness_of(source);
   const std::string library = folder + ".so";
   const std::string command =
-      "cd '" + folder + "' && " EMULATOR_COMPILER " kernel.cc -o '" + library + "' > log 2>&1";
+      "cd '" + folder + "' && " EMULATOR_COMPILER " kernel.cc '" EMULATOR_LIBRARY "' -o '" + library + "' > log 2>&1";
   const bool done = std::system(command.c_str()) == 0;
   std::ifstream log(folder + "/log");
   const Compiled compiled = {done ? library : "", std::string(std::istreambuf_iterator<char>(log), {})};
