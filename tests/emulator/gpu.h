@@ -1,7 +1,7 @@
 // A GPU in plain C++, put in front of the kernels' sources so that g++ compiles them: CUDA's keywords and intrinsics,
-// and thread blocks that run on the CPU, one cluster after the other. ptx.h has the instructions. What does not depend on
-// a kernel is in a library with which all of them are linked (gpu.cc, ptx.cc): else it took two thirds of the time that
-// they take to compile.
+// and thread blocks that run on the CPU, one cluster after the other. ptx.h has the instructions. What does not depend
+// on a kernel is in a library with which all of them are linked (gpu.cc, ptx.cc): else it took two thirds of the time
+// that they take to compile.
 //
 // Threads are fibers. A warp runs until all of its lanes wait for a barrier, then the next warp does, of any block of
 // the cluster, so that whoever relies on what another warp has not yet done finds poison. Shared memory starts as NaN,
