@@ -35,12 +35,13 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or "no C++ compiler"
 # Each library keeps its symbols to itself.
 LINKING = ("-shared", "-Wl,-Bsymbolic")
 FLAGS = f"-std=c++20 -w -fPIC -fno-gnu-unique {' '.join(LINKING)}"
-# Fortified longjmp would not leave a fiber.
-GPU_FLAGS = f"{FLAGS} -fno-strict-aliasing -U_FORTIFY_SOURCE"
+# Of what runs in fibers, which a fortified longjmp would not leave.
+FIBER_FLAGS = f"{FLAGS} -fno-strict-aliasing -U_FORTIFY_SOURCE"
+GPU_FLAGS = f"{FIBER_FLAGS} -O2"
 # -Og: most kernels run for less time than more would take to compile. A GPU shifts by too much otherwise than a CPU
 # does.
 KERNEL_FLAGS = (
-    f"{GPU_FLAGS} -Og -Wno-psabi "
+    f"{FIBER_FLAGS} -Og -Wno-psabi "
     "-ftrivial-auto-var-init=pattern -fsanitize-undefined-trap-on-error "
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
 )
@@ -90,7 +91,7 @@ def build(request, tmp_path_factory) -> Path:
     """The folder for what is compiled of these sources: in pytest's cache, where it stays."""
     cache = getattr(request.config, "cache", None)  # None with -p no:cacheprovider
     sources = [p for folder in (ROOT / "cpp", EMULATOR) for p in sorted(folder.rglob("*")) if p.is_file()]
-    key = hashlib.sha256("\0".join([KERNEL_FLAGS, version_of_compiler(), jax.__version__]).encode())
+    key = hashlib.sha256("\0".join([GPU_FLAGS, KERNEL_FLAGS, version_of_compiler(), jax.__version__]).encode())
     for path in sources:
         key.update(path.read_bytes())
     folder = (cache.mkdir("emulator") if cache else tmp_path_factory.mktemp("emulator")) / key.hexdigest()[:16]
@@ -103,7 +104,7 @@ def gpu(build) -> Path:
     """The library with what all kernels have in common."""
     library = build / "gpu.so"
     if not library.exists():
-        compile_library(library, [*GPU_FLAGS.split(), "-O2", *INCLUDES, *(str(EMULATOR / f) for f in GPU_FILES)])
+        compile_library(library, [*GPU_FLAGS.split(), *INCLUDES, *(str(EMULATOR / f) for f in GPU_FILES)])
     return library
 
 

@@ -16,17 +16,13 @@ Index grid;
 unsigned shared_bytes;
 std::deque<Transfer> copy_engine;
 
-namespace {
+static bool phase_has_ended;  // of any mbarrier
+static void (*run_kernel)();
+static jmp_buf scheduler, aborted;
+static char error[512];
+static int spins;
 
-bool phase_has_ended;  // of any mbarrier
-void (*run_kernel)();
-jmp_buf scheduler, aborted;
-char error[512];
-int spins;
-
-}  // namespace
-
-[[noreturn]] void fail(const char* format, ...) {
+void fail(const char* format, ...) {
   const int n =
       current ? snprintf(error, sizeof error, "block %u, thread %u: ", current->block->index.x, current->index.x) : 0;
   va_list args;
@@ -36,7 +32,7 @@ int spins;
   _longjmp(aborted, 1);
 }
 
-[[gnu::noinline]] void suspend(State state) {
+void suspend(State state) {
   current->state = state;
   if (!_setjmp(current->context)) _longjmp(scheduler, 1);
 }
