@@ -93,10 +93,11 @@ Tiling fwd_tiling(const KernelConfig& c, int32 head_dim) {
 }
 
 // dK and dV of a warpgroup's 64 keys take all registers that S^T and dP^T of 64 queries leave, up to head dim 128.
-// Beyond, one thread block of a pair has dV and the other one dK. At head dim 64 there is room for 128 queries, if
-// scores need nothing else (cycles in millions, 4096 full: 4.45, with 64 queries 5.15).
+// Beyond, one thread block of a pair has dV and the other one dK; of up to three stages they take as many as fit. At
+// head dim 64 there is room for 128 queries, if scores need nothing else (cycles in millions, 4096 full: 4.45, with 64
+// queries 5.15).
 Tiling hopper_bwd_tiling(const KernelConfig& c, int32 head_dim) {
-  return {head_dim <= 64 && is_plain(c) ? 128 : 64, 128, 8, 1, 2, 1};
+  return {head_dim <= 64 && is_plain(c) ? 128 : 64, 128, 8, 1, head_dim > 128 ? 3 : 2, 1};
 }
 
 // dK and dV of a warp's keys stay in registers; where they would not fit, warps_d warps share them.
@@ -206,6 +207,8 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
   c.large_blocks = false;
+  // Of stages, as many of a pair's as fit.
+  while (in_pairs(c) && c.num_stages > 2 && shared_bytes(c) > arch.max_shared_bytes) --c.num_stages;
   // Else the bias is read element by element.
   c.bias_tiled = c.bias_tiled && c.block_kv % 32 == 0 && shared_bytes(c) <= arch.max_shared_bytes;
   const auto direction = fields.find("direction");
@@ -231,26 +234,30 @@ bool is_uneven(const Problem& p) {
          p.cu_seqlens_kv.data || p.q_lens.data || p.kv_lens.data || p.q_segment_ids.data;
 }
 
-// For num_heads heads, each with so many blocks. least_heads of them share operands of so many rows and bytes in each.
-// Sections are as large as section_bytes allows. Where long units come first, the last one is larger, since their order
-// then fills the multiprocessors to the end. 48 MB of operands are about what the L2 cache holds; the longer the
-// sequences, the more is done with what comes from memory instead (cycles in thousands, forward, causal, with 32, 48,
-// 64, 130 MB: head dim 128, 4096 762, 750, 756, 839; 16384 2846, 2755, 2733, 2734; head dim 256, 16384 2703, 2575,
-// 2416, 2319).
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_heads, int64 rows, int64 row_bytes,
-                   int64 section_bytes, bool long_first) {
-  constexpr int64 kLeastLastBytes = 48 << 20, kLastBytesPerRow = 12 << 10;
+// For num_heads heads, each with so many blocks, in sections of so many heads, of which the last one has at least
+// least_last.
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section, int64 least_last) {
   const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
   auto at_least_one = [](int64 n) { return max_of<int64>(n, 1); };
-  auto heads_in = [&](int64 bytes) {
-    return at_least_one(clamp_to<int64>(bytes / at_least_one(rows * row_bytes) * least_heads, least_heads, heads));
-  };
   auto divisor = [&](int64 n) { return make_divisor(uint32(at_least_one(n))); };
-  const int64 section = heads_in(section_bytes);
-  const int64 least_last = heads_in(long_first ? max_of(kLeastLastBytes, rows * kLastBytesPerRow) : 0);
-  const int64 last = heads - max_of<int64>(heads - least_last, 0) / section * section;
+  section = at_least_one(min_of(section, heads));
+  const int64 last = heads - max_of<int64>(heads - at_least_one(min_of(least_last, heads)), 0) / section * section;
   return {divisor(section),   divisor(section * blocks), divisor(last),
           divisor(num_heads), divisor(p.num_sequences),  divisor(group_of(p))};
+}
+
+// How many times rows of so many bytes fit into this many, but once at least.
+int64 times_in(int64 bytes, int64 rows, int64 row_bytes) {
+  return max_of<int64>(bytes / max_of<int64>(rows * row_bytes, 1), 1);
+}
+
+// Bytes of operands in the last section where units are uneven, with so many rows for each head. That section is
+// larger, since the order of its units, the longest first, then fills the multiprocessors to the end. 48 MB are about
+// what the L2 cache holds; the longer the sequences, the more is done with what comes from memory instead (cycles in
+// thousands, forward, causal, with 32, 48, 64, 130 MB: head dim 128, 4096 762, 750, 756, 839; 16384 2846, 2755, 2733,
+// 2734; head dim 256, 16384 2703, 2575, 2416, 2319).
+int64 bytes_of_last_section(int64 rows) {
+  return max_of<int64>(48 << 20, rows * (12 << 10));
 }
 
 }  // namespace
@@ -260,17 +267,30 @@ UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 least_
 // Otherwise small sections do so too, while several heads at a time suit short units (512 causal, head dim 64 and 128,
 // sections of one group 317 and 217, of 10 MB 289 and 214, of 32 MB 290 and 250).
 UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c) {
+  const int64 blocks = ceil_div(p.max_seqlen_q, c.block_q), group = group_of(p);
+  if (!is_uneven(p)) return order_of(p, p.num_heads, blocks, group, group);
   // K and V in 16 bits, which the query heads of a group share.
-  return order_of(p, p.num_heads, ceil_div(p.max_seqlen_q, c.block_q), group_of(p), p.max_seqlen_kv,
-                  2 * (p.head_dim + p.head_dim_v), is_uneven(p) ? 10 << 20 : 0, is_uneven(p));
+  auto heads_in = [&](int64 bytes) {
+    return group * times_in(bytes, p.max_seqlen_kv, 2 * (p.head_dim + p.head_dim_v));
+  };
+  return order_of(p, p.num_heads, blocks, heads_in(10 << 20), heads_in(bytes_of_last_section(p.max_seqlen_kv)));
 }
 
 // If deterministic, short units come first, and turns are passed on fast only while dq_accum is in the L2 cache
 // (causal, 16384, head dim 128: 16 million cycles with 12 heads in the last section, 10.2 with one).
-UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c) {
-  // q and dO in 16 bits, and dq_accum in 32: of one query head, as blocks go through those of a group in turn.
-  return order_of(p, p.num_heads_kv, ceil_div(p.max_seqlen_kv, c.block_kv), 1, p.max_seqlen_q,
-                  2 * (3 * p.head_dim + p.head_dim_v), 0, is_uneven(p) && !c.deterministic);
+UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c, int64 units_at_once) {
+  const int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv);
+  if (!is_uneven(p) || c.deterministic) return order_of(p, p.num_heads_kv, blocks, 1, 1);
+  // Blocks go through the query heads of a group in turn, soon not all through the same one: as few key heads at a time
+  // as keep the multiprocessors busy (32 heads on 8, causal, head dim 128: 8 to 27 % less time from 1024 to 8192).
+  if (group_of(p) > 1) {
+    const int64 busy = units_at_once / max_of<int64>(blocks, 1);
+    return order_of(p, p.num_heads_kv, blocks, busy, busy);
+  }
+  // q and dO in 16 bits, and dq_accum in 32.
+  const int64 rows = p.max_seqlen_q,
+              last = times_in(bytes_of_last_section(rows), rows, 2 * (3 * p.head_dim + p.head_dim_v));
+  return order_of(p, p.num_heads_kv, blocks, 1, last);
 }
 
 void override_config(Fields fields) {

@@ -21,7 +21,7 @@ KernelConfig configure(KernelConfig facts, const Arch& arch);
 
 // The order in which Hopper's kernels work: heads whose operands lie in the L2 cache together, long units before short.
 UnitOrder unit_order(const FwdProblem& problem, const KernelConfig& config);
-UnitOrder unit_order(const BwdProblem& problem, const KernelConfig& config);
+UnitOrder unit_order(const BwdProblem& problem, const KernelConfig& config, int64 units_at_once);
 
 // For tests and measurements: values of fields, by name, that configure() takes in place of its own choice until the
 // next call. A family that has no kernel for a config is not taken; with a direction, the others are for that one only.

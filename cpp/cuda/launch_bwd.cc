@@ -12,10 +12,11 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
                    int32 device, Stream stream, bool starts_early) {
   HopperBwdProblem h = {p};
   encode_tensor_maps(h, c);
-  h.order = unit_order(p, c);
+  const int32 multiprocessors = multiprocessors_of(device);
+  h.order = unit_order(p, c, multiprocessors / cluster_size(c));
   int64 blocks = units * cluster_size(c);
   if (stays_on_multiprocessor(c) && is_counter_zero) {
-    blocks = min_of<int64>(units, multiprocessors_of(device));
+    blocks = min_of<int64>(units, multiprocessors);
     check_count(units + blocks);  // so far they count
   }
   launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h, starts_early);

@@ -265,20 +265,32 @@ extern "C" long long emulated_blocks() {
   return flash::cuda::blocks_of_last_launch;
 }
 
-// Whether the order of a forward's units covers all heads, by sections that a kernel can divide by.
+// Whether an order of units, so many blocks of each head, covers all heads by sections that a kernel can divide by.
+static bool is_sound(const flash::UnitOrder& order, long long heads, long long blocks) {
+  const long long last = order.last_section.value, section = order.section.value;
+  if (heads == 0) return section > 0;
+  return 0 < section && section <= heads && 0 < last && last <= heads && (heads - last) % section == 0 &&
+         order.section_units.value == (blocks ? section * blocks : 1);
+}
+
+// Whether those of a forward and of a backward are, with a causal mask and without.
 extern "C" bool has_sound_order(long long heads, long long heads_kv, long long seqlen_q, long long seqlen_kv,
                                 long long sequences) {
-  flash::FwdProblem p = {};
-  p.num_heads = heads, p.num_heads_kv = heads_kv, p.num_sequences = sequences;
-  p.max_seqlen_q = seqlen_q, p.max_seqlen_kv = seqlen_kv, p.head_dim = p.head_dim_v = 64;
-  p.options.window_left = -1;  // causal: units differ
   flash::KernelConfig config = {};
-  config.block_q = 128;
-  const flash::UnitOrder order = flash::cuda::unit_order(p, config);
-  const long long all = heads * sequences, last = order.last_section.value, section = order.section.value;
-  if (all == 0) return section > 0;
-  return 0 < section && section <= all && 0 < last && last <= all && (all - last) % section == 0 &&
-         order.section_units.value == section * ((seqlen_q + 127) / 128);
+  config.block_q = config.block_kv = 128;
+  auto fill = [&](auto p, int causal) {
+    p.num_heads = heads, p.num_heads_kv = heads_kv, p.num_sequences = sequences;
+    p.max_seqlen_q = seqlen_q, p.max_seqlen_kv = seqlen_kv, p.head_dim = p.head_dim_v = 64;
+    p.options.window_left = -1, p.options.window_right = causal ? 0 : -1;
+    return p;
+  };
+  for (int causal = 0; causal < 2; ++causal)
+    if (!is_sound(flash::cuda::unit_order(fill(flash::FwdProblem{}, causal), config), heads * sequences,
+                  (seqlen_q + 127) / 128) ||
+        !is_sound(flash::cuda::unit_order(fill(flash::BwdProblem{}, causal), config, 132), heads_kv * sequences,
+                  (seqlen_kv + 127) / 128))
+      return false;
+  return true;
 }
 
 // Chooses the architecture that is emulated. The first call also settles the cache's folder.
