@@ -117,16 +117,17 @@ static constexpr int32 panel_cols(int32 cols, int32 shares = 1) {
 }
 
 // Hopper's backward: the columns of dQ of a thread block; and its two warpgroups have 64 queries of them each, or the
-// same 64 and half of the columns, in whole panels. Of three panels they both have the one in the middle, of one panel
-// both have that.
+// same 64 and half of the columns, in whole panels. Of three panels the first one has two, or in a pair, where a main
+// loop for each would take longer, both have the one in the middle. Of one panel both have that.
 static constexpr int32 block_columns_of_dq(const KernelConfig& c) {
   return c.head_dim / cluster_size(c);
 }
 static constexpr int32 column_shares_of_dq(const KernelConfig& c) {
   return c.block_q == 64 ? 2 : 1;
 }
-static constexpr int32 columns_of_dq(const KernelConfig& c) {
-  return (block_columns_of_dq(c) / column_shares_of_dq(c) + 31) / 32 * 32;
+static constexpr int32 columns_of_dq(const KernelConfig& c, int32 warpgroup) {
+  const int32 all = block_columns_of_dq(c), first = (all / column_shares_of_dq(c) + 31) / 32 * 32;
+  return warpgroup == 0 || first == all || in_pairs(c) ? first : all - first;
 }
 // Panels of tiles with q's head dim, in all of Hopper's kernels: in the others nobody has a share.
 static constexpr int32 panel_cols_of_q(const KernelConfig& c) {

@@ -87,7 +87,10 @@ struct Bwd {
   static constexpr int32 kComputingThreads = 256;
   static constexpr bool kInPair = kRole != Role::kAll;
   static constexpr uint32 kRank = kRole == Role::kOfDo ? 1 : 0;  // in the pair
-  static constexpr int32 kDqShares = column_shares_of_dq(kC), kDqCols = columns_of_dq(kC);
+  // Columns of dQ: of each warpgroup, and those that both have.
+  static constexpr int32 kDqCols[2] = {columns_of_dq(kC, 0), columns_of_dq(kC, 1)};
+  static constexpr int32 kDqShares = column_shares_of_dq(kC);
+  static constexpr int32 kCommonDqCols = kDqShares == 1 ? 0 : kDqCols[0] + kDqCols[1] - block_columns_of_dq(kC);
   static constexpr int32 kFirstDqCol = kRank * block_columns_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
   // K and V as left operands from registers, where these suffice. Shared memory, of which two of the five products then
@@ -399,9 +402,12 @@ struct Bwd {
       store_zeros<kComputingThreads>(thread, target(p, p.dv, block), p.dv.row_stride, keys, slot_rows,
                                      int32(p.head_dim_v));
     if (keys == 0) return;
-    if constexpr (kRole == Role::kAll)
-      compute_all(p, shared, base, block, warpgroup, rings);
-    else if constexpr (kRole == Role::kOfQ)
+    if constexpr (kRole == Role::kAll) {
+      if (warpgroup == 0 || kDqCols[0] == kDqCols[1])
+        compute_all<kDqCols[0]>(p, shared, base, block, warpgroup, rings);
+      else
+        compute_all<kDqCols[1]>(p, shared, base, block, warpgroup, rings);
+    } else if constexpr (kRole == Role::kOfQ)
       compute_of_q(p, shared, base, block, warpgroup, rings);
     else
       compute_of_do(p, shared, base, block, warpgroup, rings);
@@ -429,6 +435,7 @@ struct Bwd {
   }
 
   // A warpgroup's part of dQ = dS K, done a step late, and its addition to what other thread blocks have found.
+  template <int32 kCols>
   class LateDq {
    public:
     __forceinline__ LateDq(const HopperBwdProblem& p, uint32 base, const Block& block, int32 warpgroup, Rings& rings)
@@ -437,8 +444,8 @@ struct Bwd {
           block_(block),
           rings_(rings),
           row_(kDqShares == 1 ? 64 * warpgroup : 0),
-          col_(kDqShares == 2 ? (block_columns_of_dq(kC) - kDqCols) * warpgroup : 0),
-          skipped_cols_((kDqShares * kDqCols - block_columns_of_dq(kC)) * warpgroup),
+          col_(kDqShares == 2 ? (block_columns_of_dq(kC) - kCols) * warpgroup : 0),
+          skipped_cols_(kCommonDqCols * warpgroup),
           warp_row_(uniform(row_ + int32(threadIdx.x) % 128 / 32 * 16)),
           place_(own_place(p, accum_block_of<kBatchAxes>(p, block.seq, 0, 0), warp_row_, kFirstDqCol + col_)) {
       if constexpr (kKeepsRegisters) dq_.clear();
@@ -459,7 +466,7 @@ struct Bwd {
     }
     // Whether there is a step before.
     __forceinline__ bool is_due() const { return head_ >= 0; }
-    __forceinline__ Accumulator<16, kDqCols>& sum() { return dq_; }
+    __forceinline__ Accumulator<16, kCols>& sum() { return dq_; }
     // When it is done.
     __forceinline__ void add() {
       if (!is_due()) return;
@@ -510,7 +517,7 @@ struct Bwd {
     // writes to these before waits for them.
     float* place_;
     int64 offset_ = 0;
-    Accumulator<16, kDqCols> dq_;
+    Accumulator<16, kCols> dq_;
     int32 head_ = -1, q_row_ = 0;  // of the step before
   };
 
@@ -561,7 +568,8 @@ struct Bwd {
           do_tile(base + Storage::kDo + stage * Storage::O::kBytes) {}
   };
 
-  // A warpgroup that does all products of its keys.
+  // A warpgroup that does all products of its keys, and so many columns of dQ.
+  template <int32 kCols>
   static __forceinline__ void compute_all(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
                                           int32 warpgroup, Rings& rings) {
     using K = typename Storage::K;
@@ -589,7 +597,7 @@ struct Bwd {
 #pragma unroll
         for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
       }
-      LateDq late_dq(p, base, block, warpgroup, rings);
+      LateDq<kCols> late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
@@ -674,7 +682,7 @@ struct Bwd {
     if (!block.is_empty()) {
       rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, thread);
-      LateDq late_dq(p, base, block, warpgroup, rings);
+      LateDq<kDqCols[0]> late_dq(p, base, block, warpgroup, rings);
       int32 steps = 0;
       // What is due of the step before, whose Q lies in this stage. In the first step these are products of anything,
       // and the second one does not add to them.
@@ -783,7 +791,7 @@ struct Bwd {
     if (!block.is_empty()) {
       rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, thread);
-      LateDq late_dq(p, base, block, warpgroup, rings);
+      LateDq<kDqCols[0]> late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
