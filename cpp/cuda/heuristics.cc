@@ -207,7 +207,7 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
   c.num_stages = t.num_stages;
   c.min_blocks = t.min_blocks;
   c.large_blocks = false;
-  // Of stages, as many of a pair's as fit.
+  // A pair has as many stages as fit.
   while (in_pairs(c) && c.num_stages > 2 && shared_bytes(c) > arch.max_shared_bytes) --c.num_stages;
   // Else the bias is read element by element.
   c.bias_tiled = c.bias_tiled && c.block_kv % 32 == 0 && shared_bytes(c) <= arch.max_shared_bytes;
@@ -238,10 +238,9 @@ bool is_uneven(const Problem& p) {
 // least_last.
 UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section, int64 least_last) {
   const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
-  auto at_least_one = [](int64 n) { return max_of<int64>(n, 1); };
-  auto divisor = [&](int64 n) { return make_divisor(uint32(at_least_one(n))); };
-  section = at_least_one(min_of(section, heads));
-  const int64 last = heads - max_of<int64>(heads - at_least_one(min_of(least_last, heads)), 0) / section * section;
+  auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
+  section = clamp_to<int64>(section, 1, max_of<int64>(heads, 1));
+  const int64 last = heads - max_of<int64>(heads - max_of<int64>(least_last, 1), 0) / section * section;
   return {divisor(section),   divisor(section * blocks), divisor(last),
           divisor(num_heads), divisor(p.num_sequences),  divisor(group_of(p))};
 }
