@@ -115,6 +115,8 @@ struct UnitOrder {
   Divisor num_heads;      // of queries in the forward, of keys in the backward
   Divisor num_sequences;
   Divisor group;  // query heads of a key head
+  uint32 heads;   // of all sequences and batch entries
+  uint32 blocks;  // of each of them
 };
 
 // What Hopper's forward kernel takes. Maps are of [batch, head, row, column].

@@ -241,8 +241,8 @@ UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 sectio
   auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
   section = clamp_to<int64>(section, 1, max_of<int64>(heads, 1));
   const int64 last = heads - max_of<int64>(heads - max_of<int64>(least_last, 1), 0) / section * section;
-  return {divisor(section),   divisor(section * blocks), divisor(last),
-          divisor(num_heads), divisor(p.num_sequences),  divisor(group_of(p))};
+  return {divisor(section),         divisor(section * blocks), divisor(last), divisor(num_heads),
+          divisor(p.num_sequences), divisor(group_of(p)),      uint32(heads), uint32(blocks)};
 }
 
 // How many times rows of so many bytes fit into this many, but once at least.

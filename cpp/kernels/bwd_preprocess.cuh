@@ -10,28 +10,44 @@
 
 namespace flash {
 
-// The part of rowsum(dO * O) of one of the eight threads that share a row.
+// The part of a row of O and dO of one of the eight threads that share it. To load it and to multiply are apart, so
+// that several rows are on their way at a time.
 template <KernelConfig kC>
-__forceinline__ float partial_product(const BwdProblem& p, const uint16* o, const uint16* d_o, int32 part) {
-  float sum = 0.0f;
-  if constexpr (kC.aligned) {
+struct RowPart {
+  static constexpr int32 kLoads = kC.aligned ? ceil_div(kC.head_dim_v, 64) : 1;
+  uint4 o[kLoads] = {}, d_o[kLoads] = {};  // 8 columns each
+  float product = 0.0f;                    // in their place where rows are not aligned
+
+  __forceinline__ void load(const BwdProblem& p, const uint16* o_row, const uint16* d_o_row, int32 part) {
+    if constexpr (kC.aligned) {
 #pragma unroll
-    for (int32 c = 0; c < kC.head_dim_v; c += 64) {
-      const int32 col = c + part * 8;
-      if (col >= p.head_dim_v) continue;
-      const uint4 x = *reinterpret_cast<const uint4*>(o + col), y = *reinterpret_cast<const uint4*>(d_o + col);
-      const uint32 a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+      for (int32 i = 0; i < kLoads; ++i) {
+        const int32 col = 64 * i + 8 * part;
+        if (col < p.head_dim_v) {
+          o[i] = *reinterpret_cast<const uint4*>(o_row + col);
+          d_o[i] = *reinterpret_cast<const uint4*>(d_o_row + col);
+        }
+      }
+    } else {
+      for (int32 col = part; col < p.head_dim_v; col += 8)
+        product += ptx::unpack<kC.dtype>(o_row[col]) * ptx::unpack<kC.dtype>(d_o_row[col]);
+    }
+  }
+
+  __forceinline__ float sum() const {
+    float sum = product;
 #pragma unroll
-      for (int32 i = 0; i < 4; ++i) {
-        sum += ptx::unpack<kC.dtype>(uint16(a[i])) * ptx::unpack<kC.dtype>(uint16(b[i]));
-        sum += ptx::unpack<kC.dtype>(uint16(a[i] >> 16)) * ptx::unpack<kC.dtype>(uint16(b[i] >> 16));
+    for (int32 i = 0; i < kLoads; ++i) {
+      const uint32 a[4] = {o[i].x, o[i].y, o[i].z, o[i].w}, b[4] = {d_o[i].x, d_o[i].y, d_o[i].z, d_o[i].w};
+#pragma unroll
+      for (int32 j = 0; j < 4; ++j) {
+        sum += ptx::unpack<kC.dtype>(uint16(a[j])) * ptx::unpack<kC.dtype>(uint16(b[j]));
+        sum += ptx::unpack<kC.dtype>(uint16(a[j] >> 16)) * ptx::unpack<kC.dtype>(uint16(b[j] >> 16));
       }
     }
-  } else {
-    for (int32 c = part; c < p.head_dim_v; c += 8) sum += ptx::unpack<kC.dtype>(o[c]) * ptx::unpack<kC.dtype>(d_o[c]);
+    return sum;
   }
-  return sum;
-}
+};
 
 template <KernelConfig kC>
 __forceinline__ void bwd_preprocess(const BwdProblem& p) {
@@ -42,8 +58,7 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
     auto address = [&]<class T>(const View& view, int32 i) {
       return address_of<T, kAxes>(p, view, s.batch, head, s.q.begin + i);
     };
-    // Eight threads share a row in each of eight passes, and then each thread has one of their rows. All loads come
-    // first.
+    // Eight threads share a row in each of eight passes, and then each thread has one of their rows.
     constexpr int32 kRows = kRowKernelThreads / 8, kPasses = kRowKernelRows / kRows;
     static_assert(kPasses == 8 && kRowKernelRows == kStatisticsBlock);
     const int32 part = threadIdx.x % 8, first_row = threadIdx.x / 8, own_row = first_row + part * kRows;
@@ -54,13 +69,20 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
       d_lse = *address.template operator()<const float>(p.d_lse, own);
     }
     float products[kPasses];
+    // So many passes at a time as ask for 16 times 16 bytes.
+    constexpr int32 kLoads = RowPart<kC>::kLoads, kAtOnce = kLoads == 1 ? 8 : kLoads == 2 ? 4 : 2;
 #pragma unroll
-    for (int32 pass = 0; pass < kPasses; ++pass) {
-      const int32 i = row + first_row + pass * kRows;
-      products[pass] = 0.0f;
-      if (i < s.q.used)
-        products[pass] = partial_product<kC>(p, address.template operator()<const uint16>(p.o, i),
-                                             address.template operator()<const uint16>(p.d_o, i), part);
+    for (int32 first = 0; first < kPasses; first += kAtOnce) {
+      RowPart<kC> parts[kAtOnce];
+#pragma unroll
+      for (int32 j = 0; j < kAtOnce; ++j) {
+        const int32 i = row + first_row + (first + j) * kRows;
+        if (i < s.q.used)
+          parts[j].load(p, address.template operator()<const uint16>(p.o, i),
+                        address.template operator()<const uint16>(p.d_o, i), part);
+      }
+#pragma unroll
+      for (int32 j = 0; j < kAtOnce; ++j) products[first + j] = parts[j].sum();
     }
     float sum = 0.0f;
 #pragma unroll

@@ -268,6 +268,7 @@ extern "C" long long emulated_blocks() {
 // Whether an order of units, so many blocks of each head, covers all heads by sections that a kernel can divide by.
 static bool is_sound(const flash::UnitOrder& order, long long heads, long long blocks) {
   const long long last = order.last_section.value, section = order.section.value;
+  if (order.heads != heads || order.blocks != blocks) return false;
   if (heads == 0) return section > 0;
   return 0 < section && section <= heads && 0 < last && last <= heads && (heads - last) % section == 0 &&
          order.section_units.value == (blocks ? section * blocks : 1);

@@ -166,22 +166,24 @@ template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool
 struct Units {
   const Problem& p;
   // 32 bits, as a grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
-  uint32 blocks, heads, block_units;
+  uint32 heads, blocks;
   Div section, section_units, last_section, num_heads, num_sequences;
 
   static constexpr bool kQueries = kSide == Side::kQueries;
 
   __forceinline__ Units(const Problem& problem, const UnitOrder& order)
-      : Units(problem, order.section, order.section_units, order.last_section, order.num_heads, order.num_sequences) {}
+      : Units(problem, order.heads, order.blocks, order.section, order.section_units, order.last_section,
+              order.num_heads, order.num_sequences) {}
   // All sections of so many heads, which divide those of a sequence.
   __forceinline__ Units(const Problem& problem, uint32 section)
-      : Units(problem, {section}, {section * blocks_of(problem)}, {section}, {heads_of(problem)},
+      : Units(problem, heads_of(problem) * uint32(problem.num_sequences * num_batch_entries(problem)),
+              blocks_of(problem), {section}, {section * blocks_of(problem)}, {section}, {heads_of(problem)},
               {uint32(problem.num_sequences)}) {}
 
   __forceinline__ uint32 count() const {
     const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
     const bool packed = (kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv).data;
-    return block_units + (packed ? uint32(ceil_div(rows, kStrayRows) * num_batch_entries(p)) : 0);
+    return block_units() + (packed ? uint32(ceil_div(rows, kStrayRows) * num_batch_entries(p)) : 0);
   }
 
   // Calls on_block(sequence, head, row) for blocks of rows that start at `row` of the sequence, or on_rest(batch, row,
@@ -189,7 +191,7 @@ struct Units {
   // called by whole warps.
   template <class OnBlock, class OnRest>
   __forceinline__ void visit(uint32 unit, OnBlock on_block, OnRest on_rest) const {
-    if (unit < block_units) {
+    if (unit < block_units()) {
       const uint32 heads_before = heads - last_section.value;  // the last section
       const bool last = unit >= heads_before * blocks;
       const uint32 section_index = quotient(unit, section_units);
@@ -210,11 +212,11 @@ struct Units {
       }
     } else {
       const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
-      const uint32 row_blocks = uint32(ceil_div(rows, kStrayRows)), batch = (unit - block_units) / row_blocks;
+      const uint32 row_blocks = uint32(ceil_div(rows, kStrayRows)), batch = (unit - block_units()) / row_blocks;
       const View& cu_seqlens = kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv;
       const Range packed = {packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows),
                             packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(p.num_sequences), rows)};
-      on_rest(int64(batch), int32((unit - block_units) % row_blocks * kStrayRows), packed);
+      on_rest(int64(batch), int32((unit - block_units()) % row_blocks * kStrayRows), packed);
     }
   }
 
@@ -232,17 +234,18 @@ struct Units {
   }
 
  private:
+  // But for those of rows that lie in no sequence.
+  __forceinline__ uint32 block_units() const { return heads * blocks; }
   static __forceinline__ uint32 blocks_of(const Problem& p) {
     return uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
   }
   static __forceinline__ uint32 heads_of(const Problem& p) { return uint32(kQueries ? p.num_heads : p.num_heads_kv); }
 
-  __forceinline__ Units(const Problem& problem, Div section, Div section_units, Div last_section, Div num_heads,
-                        Div num_sequences)
+  __forceinline__ Units(const Problem& problem, uint32 heads, uint32 blocks, Div section, Div section_units,
+                        Div last_section, Div num_heads, Div num_sequences)
       : p(problem),
-        blocks(blocks_of(p)),
-        heads(heads_of(p) * uint32(p.num_sequences * num_batch_entries(p))),
-        block_units(blocks * heads),
+        heads(heads),
+        blocks(blocks),
         section(section),
         section_units(section_units),
         last_section(last_section),
