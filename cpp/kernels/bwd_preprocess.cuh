@@ -69,7 +69,7 @@ __forceinline__ void bwd_preprocess(const BwdProblem& p) {
       d_lse = *address.template operator()<const float>(p.d_lse, own);
     }
     float products[kPasses];
-    // So many passes at a time as ask for 16 times 16 bytes.
+    // So many passes at a time as ask for no more than 16 times 16 bytes.
     constexpr int32 kLoads = RowPart<kC>::kLoads, kAtOnce = kLoads == 1 ? 8 : kLoads == 2 ? 4 : 2;
 #pragma unroll
     for (int32 first = 0; first < kPasses; first += kAtOnce) {

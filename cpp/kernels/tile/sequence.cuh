@@ -234,7 +234,7 @@ struct Units {
   }
 
  private:
-  // But for those of rows that lie in no sequence.
+  // Units of blocks, which come in front of those of rows that lie in no sequence.
   __forceinline__ uint32 block_units() const { return heads * blocks; }
   static __forceinline__ uint32 blocks_of(const Problem& p) {
     return uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
