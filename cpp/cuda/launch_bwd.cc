@@ -12,14 +12,13 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
                    int32 device, Stream stream, bool starts_early) {
   HopperBwdProblem h = {p};
   encode_tensor_maps(h, c);
-  const int32 multiprocessors = multiprocessors_of(device);
-  h.order = unit_order(p, c, multiprocessors / cluster_size(c));
-  int64 blocks = units * cluster_size(c);
-  if (stays_on_multiprocessor(c) && is_counter_zero) {
-    blocks = min_of<int64>(units, multiprocessors);
-    check_count(units + blocks);  // so far they count
-  }
-  launch(kernel, blocks, num_threads(c), shared_bytes(c), stream, &h, starts_early);
+  const int32 at_once = max_of(multiprocessors_of(device) / cluster_size(c), 1);
+  h.order = unit_order(p, c, at_once);
+  const bool stay = stays_on_multiprocessor(c) && is_counter_zero;
+  const int64 clusters = stay ? min_of<int64>(units, at_once) : units;
+  check_count(units + clusters);  // the number that the last one is told
+  h.units = uint32(units);
+  launch(kernel, clusters * cluster_size(c), num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
 
 }  // namespace

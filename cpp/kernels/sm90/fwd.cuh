@@ -125,10 +125,9 @@ struct Fwd {
       }
       ring.advance();
     };
-    const uint32 count = work.count();
-    const bool asks = count > gridDim.x;
+    const bool asks = p.units > gridDim.x;
     uint32 index = blockIdx.x;
-    while (index < count) {
+    while (index < p.units) {
       work.visit(
           index,
           [&](const Sequence& seq, int32 head, int32 row) {
@@ -143,7 +142,7 @@ struct Fwd {
             for (int32 row = first_row + threadIdx.x % 32; row < first_row + kComputingThreads; row += 32)
               if (work.is_stray(row, packed)) define_stray<kBatchAxes>(p, batch, row);
           });
-      uint32 next = count;
+      uint32 next = p.units;
       if (asks && first_lane) {
         ends.wait_empty();
         next = gridDim.x + uint32(ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1));
