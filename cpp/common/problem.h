@@ -124,7 +124,6 @@ struct HopperFwdProblem : FwdProblem {
   TensorMap q_map, k_map, v_map;
   TensorMap bias_map;  // if KernelConfig::bias_tiled
   UnitOrder order;
-  uint32 units;  // in all
 };
 
 // Likewise Hopper's backward kernel.
@@ -132,7 +131,6 @@ struct HopperBwdProblem : BwdProblem {
   TensorMap q_map, k_map, v_map, d_o_map;
   TensorMap bias_map;
   UnitOrder order;
-  uint32 units;  // in all
 };
 
 // Likewise Hopper's kernel for the gradient of a bias.

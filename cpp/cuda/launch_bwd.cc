@@ -17,7 +17,6 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
   const bool stay = stays_on_multiprocessor(c) && is_counter_zero;
   const int64 clusters = stay ? min_of<int64>(units, at_once) : units;
   check_count(units + clusters);  // the number that the last one is told
-  h.units = uint32(units);
   launch(kernel, clusters * cluster_size(c), num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
 

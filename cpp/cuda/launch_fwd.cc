@@ -13,7 +13,6 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
   encode_tensor_maps(h, c);
   check_count(units);
   h.order = unit_order(p, c);
-  h.units = uint32(units);
   const int64 blocks = min_of<int64>(units, multiprocessors_of(device));
   if (units > blocks) set_zero(p.next_unit.data, 4, stream);
   launch(load(c, device).entry[0], blocks, num_threads(c), shared_bytes(c), stream, &h);

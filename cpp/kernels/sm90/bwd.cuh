@@ -220,12 +220,12 @@ struct Bwd {
   }
 
   // Calls on_block(block) for the blocks of each unit of work, in practice one, or on_stray(batch, row). The first unit
-  // has the thread block's, or pair's, number; next() says which one follows, p.units or more if none.
+  // has the thread block's, or pair's, number; next(work) says which one follows, negative if none.
   template <class OnBlock, class OnStray, class Next>
   static __forceinline__ void visit_units(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray,
                                           Next next) {
     const Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic, Divisor> work(p, p.order);
-    for (uint32 unit = blockIdx.x / cluster_size(kC); unit < p.units; unit = next())
+    for (int32 unit = int32(blockIdx.x / cluster_size(kC)); unit >= 0; unit = next(work))
       work.visit(
           unit, thread, [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); }, on_stray);
   }
@@ -280,35 +280,37 @@ struct Bwd {
     // The next unit is asked for when all that this one takes is on its way, and no earlier: thread blocks are to begin
     // units in their order, whose operands are then in the L2 cache.
     Ring<1> units(base + Storage::kUnitBarriers), mail(base + Storage::kMailBarriers);
-    auto ask = [&] {
-      uint32 unit = p.units;
-      if constexpr (!stays_on_multiprocessor(kC)) return unit;
+    auto ask = [&](const auto& work) {
+      if constexpr (!stays_on_multiprocessor(kC)) return -1;
+      int32 unit = -1;
       if (first_lane) {
         units.wait_empty();
         // Else nobody has more than one, and without queries nobody has zeroed the counter.
-        const uint32 at_once = gridDim.x / cluster_size(kC);
-        if (kRank == 0 && at_once < p.units)
-          unit = at_once + uint32(ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1));
+        const uint32 count = work.count(), at_once = gridDim.x / cluster_size(kC);
+        if (kRank == 0 && at_once < count) {
+          unit = int32(at_once) + ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1);
+          if (uint32(unit) >= count) unit = -1;
+        }
         if constexpr (kInPair) share_unit(shared, base, mail, unit);
-        *reinterpret_cast<uint32*>(shared + Storage::kUnit) = unit;
+        *reinterpret_cast<int32*>(shared + Storage::kUnit) = unit;
         ptx::mbarrier_arrive(units.full());
       }
       units.advance();
       if constexpr (kInPair) mail.advance();
-      return uint32(uniform(int32(unit)));
+      return uniform(unit);
     };
     visit_units(p, threadIdx.x, copy_block, [](int64, int64) {}, ask);
   }
 
   // A pair's first thread block asks, and tells the second one by mail.
-  static __forceinline__ void share_unit(const char* shared, uint32 base, const Ring<1>& mail, uint32& unit) {
+  static __forceinline__ void share_unit(const char* shared, uint32 base, const Ring<1>& mail, int32& unit) {
     if constexpr (kRank == 0) {
       mail.wait_empty();
       ptx::st_async_x4(of_peer(base + Storage::kMail), unit, 0, 0, 0, of_peer(mail.full()));
     } else {
       expect(mail, Storage::kMailBytes);
       mail.wait_full();
-      unit = *reinterpret_cast<const uint32*>(shared + Storage::kMail);
+      unit = *reinterpret_cast<const int32*>(shared + Storage::kMail);
       ptx::mbarrier_arrive_peer(of_peer(mail.empty()));
     }
   }
@@ -345,7 +347,7 @@ struct Bwd {
           added.advance();
         }
       };
-      visit_units(p, threadIdx.x % 32, go_through, [](int64, int64) {}, [&] { return p.units; });
+      visit_units(p, threadIdx.x % 32, go_through, [](int64, int64) {}, [](const auto&) { return -1; });
     }
   }
 
@@ -398,11 +400,11 @@ struct Bwd {
         [&](int64 batch, int64 row) {
           if (kRank == 0) define_stray<kBatchAxes>(p, batch, row);
         },
-        [&] {
-          if constexpr (!stays_on_multiprocessor(kC)) return p.units;
+        [&](const auto&) {
+          if constexpr (!stays_on_multiprocessor(kC)) return -1;
           units.wait_full();
           // Not uniform(), which would leave what follows from it in registers of the loop.
-          const auto unit = uint32(ptx::reduce_max(*reinterpret_cast<const int32*>(shared + Storage::kUnit)));
+          const int32 unit = ptx::reduce_max(*reinterpret_cast<const int32*>(shared + Storage::kUnit));
           __syncwarp();
           release(units);
           return unit;

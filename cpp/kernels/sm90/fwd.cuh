@@ -125,9 +125,10 @@ struct Fwd {
       }
       ring.advance();
     };
-    const bool asks = p.units > gridDim.x;
+    const uint32 count = work.count();
+    const bool asks = count > gridDim.x;
     uint32 index = blockIdx.x;
-    while (index < p.units) {
+    while (index < count) {
       work.visit(
           index,
           [&](const Sequence& seq, int32 head, int32 row) {
@@ -142,7 +143,7 @@ struct Fwd {
             for (int32 row = first_row + threadIdx.x % 32; row < first_row + kComputingThreads; row += 32)
               if (work.is_stray(row, packed)) define_stray<kBatchAxes>(p, batch, row);
           });
-      uint32 next = p.units;
+      uint32 next = count;
       if (asks && first_lane) {
         ends.wait_empty();
         next = gridDim.x + uint32(ptx::atom_add(static_cast<int32*>(p.next_unit.data), 1));

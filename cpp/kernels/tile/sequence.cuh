@@ -180,6 +180,12 @@ struct Units {
               blocks_of(problem), {section}, {section * blocks_of(problem)}, {section}, {heads_of(problem)},
               {uint32(problem.num_sequences)}) {}
 
+  __forceinline__ uint32 count() const {
+    const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
+    const bool packed = (kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv).data;
+    return block_units() + (packed ? uint32(ceil_div(rows, kStrayRows) * num_batch_entries(p)) : 0);
+  }
+
   // Calls on_block(sequence, head, row) for blocks of rows that start at `row` of the sequence, or on_rest(batch, row,
   // packed) for kStrayRows rows of a batch entry from `row` on, some of which may lie outside of the packed ones. To be
   // called by whole warps.
