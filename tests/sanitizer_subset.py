@@ -132,6 +132,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "one query": dense(seqlen_q=1),
         "long": dense(seqlen_q=2060),
         "several units of a thread block": dense(seqlen_kv=10240),
+        "several units of a pair of thread blocks": dense(256, seqlen_kv=3000),
         "window": dense(local_window_size=(40, 30)),
         "window of causal": dense(local_window_size=(40, 0), is_causal=True, causal_alignment="top_left"),
         "softcap": dense(logits_soft_cap=3.0),
