@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,9 @@ def check(tool: str, sanitizer: str, jobs: int) -> bool:
     clean = not failed and not found
     print(f"{tool}: {'clean' if clean else f'{len(failed)} of {jobs} failed, {len(found)} reports'}", flush=True)
     if not clean:
+        # How often which kernel is named, as only the first reports are shown.
+        for kernel, count in Counter(re.findall(rf"\b{KERNELS}\w*", "\n".join(found))).items():
+            print(f"{kernel}: {count} times", flush=True)
         print("\n".join(found[:5]) or failed[0].stdout[-3000:], flush=True)
     return clean
 
