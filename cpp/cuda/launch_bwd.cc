@@ -16,7 +16,7 @@ void launch_hopper(const BwdProblem& p, const KernelConfig& c, Function kernel, 
   h.order = unit_order(p, c, at_once);
   const bool stay = stays_on_multiprocessor(c) && is_counter_zero;
   const int64 clusters = stay ? min_of<int64>(units, at_once) : units;
-  check_count(units + clusters);  // the number that the last one is told
+  if (stay) check_count(units + clusters);  // so far the counter goes
   launch(kernel, clusters * cluster_size(c), num_threads(c), shared_bytes(c), stream, &h, starts_early);
 }
 
