@@ -105,10 +105,9 @@ static constexpr int32 cluster_size(const KernelConfig& c) {
 }
 
 // Hopper's backward: whether a thread block, or a pair, does one unit of work after the other, as a counter hands them
-// out. Not if deterministic: a unit of which others await the turn must not wait itself. Nor pairs of head dim 192, as
-// ptxas then puts more instructions into their loop (16384 causal: 6190 to 6400 thousand cycles).
+// out. Not if deterministic: a unit of which others await the turn must not wait itself.
 static constexpr bool stays_on_multiprocessor(const KernelConfig& c) {
-  return !c.deterministic && !(c.head_dim == 192 && c.head_dim_v == 192);
+  return !c.deterministic;
 }
 
 // Tiles in shared memory are stored in panels so wide; where `shares` warpgroups each have their part of the columns,

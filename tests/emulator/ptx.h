@@ -110,6 +110,12 @@ void cp_async_wait() {
   emulator::finish_copies(kPending);
 }
 
+// global.cuh
+
+inline void st_global_x4(void* p, const uint32 (&x)[4]) {
+  *static_cast<uint4*>(p) = {x[0], x[1], x[2], x[3]};
+}
+
 // grid.cuh: kernels run one after the other.
 
 inline void let_next_grid_start() {}

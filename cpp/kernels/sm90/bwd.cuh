@@ -191,7 +191,7 @@ struct Bwd {
     constexpr int32 kWarps = kC.num_warps;
     Storage::Stages::init(base + Storage::kRowBarriers, kWarps);
     Ring<1>::init(base + Storage::kKvBarriers, kWarps);
-    Ring<1>::init(base + Storage::kUnitBarriers, kWarps);
+    Ring<1>::init(base + Storage::kUnitBarriers, 32 * kWarps);
     Ring<1>::init(base + Storage::kMailBarriers, 1);
     Storage::Turns::init(base + Storage::kTurnBarriers, 1);
     Storage::Turns::init(base + Storage::kAddedBarriers, 1, kWarps);
@@ -219,13 +219,18 @@ struct Bwd {
     for (int32 i = 0; i < ring.kStages; ++i, ring.advance()) expect(ring, bytes);
   }
 
-  // Calls on_block(block) for the blocks of each unit of work, in practice one, or on_stray(batch, row). The first unit
-  // has the thread block's, or pair's, number; next(work) says which one follows, negative if none.
+  using Work = Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic, Divisor>;
+
+  // Of the thread block, or pair.
+  static __forceinline__ int32 first_unit() { return int32(blockIdx.x / cluster_size(kC)); }
+
+  // Calls on_block(block) for the blocks of each unit of work, in practice one, or on_stray(batch, row). next() says
+  // which unit follows, negative if none.
   template <class OnBlock, class OnStray, class Next>
   static __forceinline__ void visit_units(const HopperBwdProblem& p, int32 thread, OnBlock on_block, OnStray on_stray,
                                           Next next) {
-    const Units<kBatchAxes, Side::kKeys, kC.block_kv, kComputingThreads, kC.deterministic, Divisor> work(p, p.order);
-    for (int32 unit = int32(blockIdx.x / cluster_size(kC)); unit >= 0; unit = next(work))
+    const Work work(p, p.order);
+    for (int32 unit = first_unit(); unit >= 0; unit = next())
       work.visit(
           unit, thread, [&](const Sequence& s, int32 head, int32 row) { on_block(Block(p, s, head, row)); }, on_stray);
   }
@@ -277,10 +282,11 @@ struct Bwd {
         rows.advance();
       }
     };
+    const Work work(p, p.order);
+    Ring<1> units(base + Storage::kUnitBarriers), mail(base + Storage::kMailBarriers);
     // The next unit is asked for when all that this one takes is on its way, and no earlier: thread blocks are to begin
     // units in their order, whose operands are then in the L2 cache.
-    Ring<1> units(base + Storage::kUnitBarriers), mail(base + Storage::kMailBarriers);
-    auto ask = [&](const auto& work) {
+    auto ask = [&] {
       if constexpr (!stays_on_multiprocessor(kC)) return -1;
       int32 unit = -1;
       if (first_lane) {
@@ -292,14 +298,36 @@ struct Bwd {
           if (uint32(unit) >= count) unit = -1;
         }
         if constexpr (kInPair) share_unit(shared, base, mail, unit);
+      }
+      if constexpr (kInPair) mail.advance();
+      return uniform(unit);
+    };
+    auto tell = [&](int32 unit) {
+      if constexpr (!stays_on_multiprocessor(kC)) return;
+      if (first_lane) {
         *reinterpret_cast<int32*>(shared + Storage::kUnit) = unit;
         ptx::mbarrier_arrive(units.full());
       }
       units.advance();
-      if constexpr (kInPair) mail.advance();
-      return uniform(unit);
     };
-    visit_units(p, threadIdx.x, copy_block, [](int64, int64) {}, ask);
+    // Of units behind the end of their sequence, which may be many, nobody else hears; but a pair's warps do, as with
+    // more to remember the warp that copies finds out later what a unit is.
+    for (int32 unit = first_unit(); unit >= 0; unit = ask()) {
+      bool is_told = unit == first_unit();
+      auto tell_once = [&] {
+        if (!is_told) tell(unit);
+        is_told = true;
+      };
+      if constexpr (kInPair) tell_once();
+      work.visit(
+          unit,
+          [&](const Sequence& s, int32 head, int32 row) {
+            tell_once();
+            copy_block(Block(p, s, head, row));
+          },
+          [&](int64, int32, Range) { tell_once(); });
+    }
+    tell(-1);
   }
 
   // A pair's first thread block asks, and tells the second one by mail.
@@ -347,7 +375,7 @@ struct Bwd {
           added.advance();
         }
       };
-      visit_units(p, threadIdx.x % 32, go_through, [](int64, int64) {}, [](const auto&) { return -1; });
+      visit_units(p, threadIdx.x % 32, go_through, [](int64, int64) {}, [] { return -1; });
     }
   }
 
@@ -400,13 +428,13 @@ struct Bwd {
         [&](int64 batch, int64 row) {
           if (kRank == 0) define_stray<kBatchAxes>(p, batch, row);
         },
-        [&](const auto&) {
+        [&] {
           if constexpr (!stays_on_multiprocessor(kC)) return -1;
           units.wait_full();
           // Not uniform(), which would leave what follows from it in registers of the loop.
           const int32 unit = ptx::reduce_max(*reinterpret_cast<const int32*>(shared + Storage::kUnit));
-          __syncwarp();
-          release(units);
+          units.release();  // each lane for itself, which racecheck understands
+          units.advance();
           return unit;
         });
   }
@@ -868,14 +896,20 @@ struct Bwd {
     fill(ring);
   }
 
+  // Of the loops that zero rows, which are seldom gone through but decide how ptxas numbers the main loop's registers.
+  // Thousands of cycles with 4 and 1: head dim 256, 4096 causal 2040 and 2105; 128, 4096 causal 1781 and 1733.
+  static constexpr int32 kZeroingUnroll = kC.head_dim > 192 ? 4 : 1;
+
   // Zeros the rows of K and V that lie behind the keys in use: where dS is 0, NaN would make NaN of it. The copy engine
   // has done so behind the end of the tensor.
   static __forceinline__ void hide_keys_behind(const HopperBwdProblem& p, uint32 base, const Block& block,
                                                int32 thread) {
     if (block.keys == kC.block_kv || !(p.kv_lens.data || p.cu_seqlens_kv.data)) return;
-    zero_rows<typename Storage::K>(base + Storage::kK, block.keys, kC.block_kv, thread, kComputingThreads);
+    zero_rows<typename Storage::K, kZeroingUnroll>(base + Storage::kK, block.keys, kC.block_kv, thread,
+                                                   kComputingThreads);
     if constexpr (Storage::kHasDo)
-      zero_rows<typename Storage::V>(base + Storage::kV, block.keys, kC.block_kv, thread, kComputingThreads);
+      zero_rows<typename Storage::V, kZeroingUnroll>(base + Storage::kV, block.keys, kC.block_kv, thread,
+                                                     kComputingThreads);
     ptx::fence_proxy_async();
     __syncwarp();
     ptx::barrier_sync(kComputing, kComputingThreads);
@@ -894,7 +928,7 @@ struct Bwd {
     const char* lse =
         shared + Storage::kStatistics + queries.stage * Storage::kStatisticsBytes + statistics_offset(row);
     if (*reinterpret_cast<const float*>(lse) == kNoKey) {
-      (zero_rows<Tiles>(tiles, row, row + 1, int32(thread) % kThreadsPerRow, kThreadsPerRow), ...);
+      (zero_rows<Tiles, kZeroingUnroll>(tiles, row, row + 1, int32(thread) % kThreadsPerRow, kThreadsPerRow), ...);
       ptx::fence_proxy_async();
     }
     __syncwarp();

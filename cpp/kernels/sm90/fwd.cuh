@@ -24,10 +24,10 @@
 
 namespace flash::sm90 {
 
-// What warps tell each other of a unit of work: a block of queries of a head.
+// What warps tell each other of a unit of work: a block of queries of a head. Without queries: there are no more.
 struct Unit {
   Sequence seq;
-  int32 head;  // -1: there are no more units
+  int32 head;
   int32 q_row, q_end;
 };
 
@@ -91,7 +91,7 @@ struct Fwd {
       Storage::QRing::init(base + Storage::kQBarriers, 4);
       Storage::KvRing::init(base + Storage::kKBarriers, kC.num_warps);
       Storage::KvRing::init(base + Storage::kVBarriers, kC.num_warps);
-      Storage::UnitRing::init(base + Storage::kUnitBarriers, kC.num_warps + 2);
+      Storage::UnitRing::init(base + Storage::kUnitBarriers, 32 * (kC.num_warps + 2));
       Storage::Ends::init(base + Storage::kEndBarriers, 1);
       if constexpr (kC.bias_tiled) Storage::KvRing::init(base + Storage::kBiasBarriers, kC.num_warps);
       ptx::fence_mbarrier_init();
@@ -140,6 +140,7 @@ struct Fwd {
             ends.advance();
           },
           [&](int64 batch, int32 first_row, Range packed) {
+#pragma unroll 1
             for (int32 row = first_row + threadIdx.x % 32; row < first_row + kComputingThreads; row += 32)
               if (work.is_stray(row, packed)) define_stray<kBatchAxes>(p, batch, row);
           });
@@ -150,10 +151,10 @@ struct Fwd {
       }
       index = __shfl_sync(~0u, next, 0);
     }
-    tell({{}, -1});
+    tell({});
   }
 
-  // Calls on_unit(unit) for all of them.
+  // Calls on_unit(unit) for all of them, and at last for one without queries.
   template <class OnUnit>
   static __forceinline__ void for_each_unit(const char* shared, uint32 base, OnUnit on_unit) {
     for (typename Storage::UnitRing ring(base + Storage::kUnitBarriers);;) {
@@ -162,11 +163,10 @@ struct Fwd {
       const auto* words = reinterpret_cast<const int32*>(shared + Storage::kUnits + ring.stage() * sizeof(Unit));
 #pragma unroll
       for (int32 i = 0; i < int32(sizeof(Unit) / 4); ++i) reinterpret_cast<int32*>(&unit)[i] = uniform(words[i]);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ring.release();
+      ring.release();  // each lane for itself, which racecheck understands
       ring.advance();
-      if (unit.head < 0) return;
       on_unit(unit);
+      if (unit.q_end == 0) return;
     }
   }
 
@@ -285,6 +285,7 @@ struct Fwd {
       };
       pass(q_ring, kWarpgroups);
       pass_block();
+#pragma unroll 1
       while (keys.exists(n = keys.below(n))) {
         pass_block();
         pass(v_ring);
@@ -347,13 +348,17 @@ struct Fwd {
       const int32 slot_rows = min_of(q_end, seq.q.size) - q_row;  // that must be written
       if (seeing < slot_rows) {
         store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, seeing, slot_rows, int32(p.head_dim_v));
+#pragma unroll 1
         for (int32 r = seeing + thread; r < slot_rows; r += kComputingThreads)
           lse_rows[r] = r < rows ? sink_of(p, sinks, r) * kLn2 : -kInfinity;
       }
-      if (seeing == 0) return;
+      const bool is_last = q_end == 0;
+      if (seeing == 0 && !is_last) return;
       if (64 * warpgroup >= rows) {
         finish();
-        return let_pass(keys, n);
+        if (!is_last) let_pass(keys, n);
+        __syncwarp();  // else the compiler takes what follows for divergent, and keeps addresses in threads' registers
+        return;
       }
 
       const uint32 q_tile = base + Storage::kQ + q_ring.stage() * Storage::Q::kBytes;
@@ -482,12 +487,11 @@ struct Fwd {
       }
       if constexpr (!kPvLags) {
         write_results(state);
-        __syncwarp();  // else the compiler takes what follows for divergent, and keeps addresses in threads' registers
+        __syncwarp();  // as above
       }
     };
     if constexpr (kPvLags && ptx::kAccumulatorsMustBeDefined) o.clear();  // others spill more for it
     for_each_unit(shared, base, attend);
-    finish();
   }
 
   // Zeros the rows of V that lie behind the keys in use: their weights are 0, which NaN would turn into NaN. The copy

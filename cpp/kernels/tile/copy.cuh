@@ -113,7 +113,9 @@ __forceinline__ void store_tile(const void* tile, uint16* target, int64 stride, 
 // Zeros instead: rows [row, row_end), by kThreads threads of which this one is `thread`.
 template <int32 kThreads>
 __forceinline__ void store_zeros(int32 thread, uint16* first_row, int64 stride, int32 row, int32 row_end, int32 cols) {
+#pragma unroll 1
   for (int32 r = row; r < row_end; ++r)
+#pragma unroll 1
     for (int32 c = thread; c < cols; c += kThreads) first_row[r * stride + c] = 0;
 }
 

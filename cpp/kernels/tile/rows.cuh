@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/ptx/convert.cuh"
+#include "kernels/ptx/global.cuh"
 #include "kernels/tile/layout.cuh"
 
 namespace flash {
@@ -41,8 +42,7 @@ __forceinline__ void store_rows(const Accumulator<16, kN>& c, uint16* target, in
       for (int32 i = 0; i < 4; ++i)
         words[i] = ptx::pack<kDType>(c.x[0][n + i][2 * h] * f, c.x[0][n + i][2 * h + 1] * f);
       transpose_quad(words);
-      if (first_row + 8 * h < rows && first_col + 8 * n < cols)
-        *reinterpret_cast<uint4*>(data + 8 * n) = {words[0], words[1], words[2], words[3]};
+      if (first_row + 8 * h < rows && first_col + 8 * n < cols) ptx::st_global_x4(data + 8 * n, words);
     }
   }
 }
@@ -79,9 +79,10 @@ __forceinline__ void store_rows_through(char* scratch, const Accumulator<16, kN>
 }
 
 // Zeros rows [row, row_end) of a tile in shared memory, by `threads` threads of which this one is `thread`.
-template <class T>
+template <class T, int32 kUnroll = 1>
 __forceinline__ void zero_rows(uint32 tile, int32 row, int32 row_end, int32 thread, int32 threads) {
   constexpr int32 kChunksOfRow = T::kCols / 8;
+#pragma unroll kUnroll
   for (int32 i = thread; i < (row_end - row) * kChunksOfRow; i += threads)
     ptx::st_shared_x4(tile + T::offset(row + i / kChunksOfRow, i % kChunksOfRow), 0, 0, 0, 0);
 }

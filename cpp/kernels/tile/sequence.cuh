@@ -32,10 +32,13 @@ __forceinline__ T* address_of(const Problem& p, const View& view, int64 batch, i
 // Zeros a row of 16-bit elements, in one thread.
 template <int32 kBatchAxes>
 __forceinline__ void zero_row(const Problem& p, const View& view, int64 batch, int64 head, int64 row, int64 cols) {
+  // Like all loops that are seldom gone through it is not unrolled: kernels are larger for it, and main loops slower.
   uint16* x = address_of<uint16, kBatchAxes>(p, view, batch, head, row);
   if ((reinterpret_cast<uint64>(x) | uint64(2 * cols)) % 16 == 0) {
+#pragma unroll 1
     for (int64 c = 0; c < cols; c += 8) *reinterpret_cast<uint4*>(x + c) = {0, 0, 0, 0};
   } else {
+#pragma unroll 1
     for (int64 c = 0; c < cols; ++c) x[c] = 0;
   }
 }
@@ -43,6 +46,7 @@ __forceinline__ void zero_row(const Problem& p, const View& view, int64 batch, i
 // Defines the results of a row that lies in no sequence, in one thread.
 template <int32 kBatchAxes>
 __forceinline__ void define_stray(const FwdProblem& p, int64 batch, int64 row) {
+#pragma unroll 1
   for (int64 head = 0; head < p.num_heads; ++head) {
     zero_row<kBatchAxes>(p, p.o, batch, head, row, p.head_dim_v);
     *address_of<float, kBatchAxes>(p, p.lse, batch, head, row) = -kInfinity;
@@ -50,6 +54,7 @@ __forceinline__ void define_stray(const FwdProblem& p, int64 batch, int64 row) {
 }
 template <int32 kBatchAxes>
 __forceinline__ void define_stray(const BwdProblem& p, int64 batch, int64 row) {
+#pragma unroll 1
   for (int64 head = 0; head < p.num_heads_kv; ++head) {
     zero_row<kBatchAxes>(p, p.dk, batch, head, row, p.head_dim);
     zero_row<kBatchAxes>(p, p.dv, batch, head, row, p.head_dim_v);
@@ -69,6 +74,7 @@ template <int32 kBatchAxes>
 __forceinline__ int32 packed_offset(const Problem& p, const View& cu_seqlens, int64 batch, int32 index, int64 rows) {
   const int32* cu = address_of<const int32, kBatchAxes>(p, cu_seqlens, batch, 0, 0);
   int32 greatest = 0;
+#pragma unroll 4
   for (int32 i = threadIdx.x % 32; i <= index; i += 32) greatest = max_of(greatest, cu[i]);
   return min_of(ptx::reduce_max(greatest), int32(rows));
 }
@@ -206,6 +212,7 @@ struct Units {
       const int64 stated = int64(blocks) * kBlockRows;
       const int32 passes = size <= stated ? 1 : int32(ceil_div(size, stated));
       const int32 first = int32(kLateFirst ? blocks - 1 - block : block) * passes;
+#pragma unroll 1
       for (int32 pass = 0; pass < passes; ++pass) {
         const int32 i = first + (kLateFirst ? passes - 1 - pass : pass);
         if (int64(i) * kBlockRows < size) on_block(s, int32(head), i * kBlockRows);
