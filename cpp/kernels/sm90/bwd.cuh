@@ -96,11 +96,18 @@ struct Bwd {
   static constexpr int32 kCommonDqCols = kDqShares == 1 ? 0 : kDqCols[0] + kDqCols[1] - block_columns_of_dq(kC);
   static constexpr int32 kFirstDqCol = kRank * block_columns_of_dq(kC);
   static constexpr DType kDType = kC.dtype;
-  // K and V as left operands from registers, where these suffice. Shared memory, of which two of the five products then
-  // read half as much, bounds small head dims.
-  static constexpr bool kKvInRegisters = kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 64;
+  // Columns of K and V that stay in registers as left operands, as far as these suffice: with 64 queries, shared
+  // memory, of which two of the five products then read half as much, bounds. docs/hopper_backward.md has what it
+  // gains.
+  static constexpr int32 kLargestHeadDim = max_of(kC.head_dim, kC.head_dim_v);
+  static constexpr int32 kHeldCols = kC.block_q > 64 ? 0 : kLargestHeadDim <= 64 ? 64 : kLargestHeadDim <= 96 ? 16 : 0;
+  static constexpr int32 kHeldKCols = !kInPair ? min_of(kHeldCols, kC.head_dim) : kC.head_dim <= 192 ? kC.head_dim : 64;
+  static constexpr int32 kHeldVCols = !kInPair               ? min_of(kHeldCols, kC.head_dim_v)
+                                      : kC.head_dim_v <= 128 ? kC.head_dim_v
+                                      : kC.head_dim_v > 192 && !(kC.softcap || kC.dropout) ? 32
+                                                                                           : 0;
   // Registers per thread of the copying warpgroup and of the others.
-  static constexpr bool kIsTight = max_of(kC.head_dim, kC.head_dim_v) > 64 || kC.block_q > 64;
+  static constexpr bool kIsTight = kLargestHeadDim > 64 || kC.block_q > 64;
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
   static_assert(128 * kCopyingRegisters + kComputingThreads * kComputingRegisters <=
                 registers_at_start(kC) * num_threads(kC));
@@ -636,15 +643,8 @@ struct Bwd {
     if (!block.is_empty()) {
       rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, thread);
-      uint32 k_rows[1][kC.head_dim / 16][4], v_rows[1][kC.head_dim_v / 16][4];
-      if constexpr (kKvInRegisters) {
-        const RowsOfA<K> k{{base, Storage::kK, warp_key}};
-        const RowsOfA<V> v{{base, Storage::kV, warp_key}};
-#pragma unroll
-        for (int32 i = 0; i < kC.head_dim / 16; ++i) k.load(k_rows[0][i], 0, 16 * i);
-#pragma unroll
-        for (int32 i = 0; i < kC.head_dim_v / 16; ++i) v.load(v_rows[0][i], 0, 16 * i);
-      }
+      const HeldRows<K, kHeldKCols> k(base, Storage::kK, key_row, warp_key);
+      const HeldRows<V, kHeldVCols> v(base, Storage::kV, key_row, warp_key);
       LateDq<kCols> late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
@@ -661,15 +661,8 @@ struct Bwd {
         float2 early_lse[8];
 #pragma unroll
         for (int32 i = 0; i < 8; ++i) early_lse[i] = kEarlyLse ? pair_of(shared, queries.stage, 0, i) : float2{};
-        if constexpr (kKvInRegisters) {
-          issue_gemm<kDType, false>(s, k_rows, RowsOperand<Q>(queries.q_tile));
-          issue_gemm<kDType, kDeltaFirst>(ds, v_rows, RowsOperand<O>(queries.do_tile));
-        } else {
-          issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, key_row),
-                                                 RowsOperand<Q>(queries.q_tile));
-          issue_gemm<kDType, kC.head_dim_v, kDeltaFirst>(ds, RowsOperand<V>(base + Storage::kV, key_row),
-                                                         RowsOperand<O>(queries.do_tile));
-        }
+        issue_gemm<kDType, false>(s, k, RowsOperand<Q>(queries.q_tile));
+        issue_gemm<kDType, kDeltaFirst>(ds, v, RowsOperand<O>(queries.do_tile));
         TileGradient<kC, 16, kC.block_q> gradient;
         wait_gemm<1>(s);
         gradient.weights(
@@ -730,6 +723,7 @@ struct Bwd {
     if (!block.is_empty()) {
       rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, thread);
+      const HeldRows<K, kHeldKCols> k(base, Storage::kK, 64 * warpgroup, warp_key);
       LateDq<kDqCols[0]> late_dq(p, base, block, warpgroup, rings);
       int32 steps = 0;
       // What is due of the step before, whose Q lies in this stage. In the first step these are products of anything,
@@ -752,8 +746,7 @@ struct Bwd {
         Accumulator<16, kC.block_q> s;
         rings.rows.wait_full();
         hide_rows_without_keys<Q>(shared, queries, warpgroup, queries.q_tile);
-        issue_gemm<kDType, kC.head_dim, false>(s, RowsOperand<K>(base + Storage::kK, 64 * warpgroup),
-                                               RowsOperand<Q>(queries.q_tile));
+        issue_gemm<kDType, false>(s, k, RowsOperand<Q>(queries.q_tile));
         wait_gemm<0>(s);
         TileGradient<kC, 16, kC.block_q> gradient;
         gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
@@ -839,6 +832,7 @@ struct Bwd {
     if (!block.is_empty()) {
       rings.kv_ring.wait_full();
       hide_keys_behind(p, base, block, thread);
+      const HeldRows<V, kHeldVCols> v(base, Storage::kV, 64 * warpgroup, warp_key);
       LateDq<kDqCols[0]> late_dq(p, base, block, warpgroup, rings);
 #pragma unroll 1
       for (Steps step(p, block); step.exists(); step.advance()) {
@@ -849,8 +843,7 @@ struct Bwd {
         rings.rows.wait_full();
         hide_rows_without_keys<O>(shared, queries, warpgroup, queries.do_tile);
         begin_dp(ds, shared, queries.stage);
-        issue_gemm<kDType, kC.head_dim_v, kDeltaFirst>(ds, RowsOperand<V>(base + Storage::kV, 64 * warpgroup),
-                                                       RowsOperand<O>(queries.do_tile));
+        issue_gemm<kDType, kDeltaFirst>(ds, v, RowsOperand<O>(queries.do_tile));
         TileGradient<kC, 16, kC.block_q> gradient;
         gradient.draw(p, in, block.kv_row + warp_key, queries.row);
         receive_weights(probs, gradient, shared, rings.weights);

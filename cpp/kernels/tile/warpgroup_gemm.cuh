@@ -79,6 +79,36 @@ __forceinline__ void issue_gemm(Accumulator<16, kN>& c, const uint32 (&a)[1][kSt
   ptx::wgmma_commit();
 }
 
+// An A whose rows lie along m, from row `row` of a Tile on, which many products have: its first kHeldCols columns stay
+// in registers, where no product reads them from shared memory again.
+template <class T, int32 kHeldCols>
+struct HeldRows {
+  uint32 tile;
+  int32 row;
+  uint32 held[max_of(kHeldCols / 16, 1)][4];
+
+  __forceinline__ HeldRows(uint32 shared, int32 tile_offset, int32 first_row, int32 warp_row)
+      : tile(shared + tile_offset), row(first_row) {
+    const RowsOfA<T> rows{{shared, tile_offset, warp_row}};
+#pragma unroll
+    for (int32 k = 0; k < kHeldCols; k += 16) rows.load(held[k / 16], 0, k);
+  }
+};
+template <DType kDType, bool kAccumulate, int32 kN, class T, int32 kHeldCols, class B>
+__forceinline__ void issue_gemm(Accumulator<16, kN>& c, const HeldRows<T, kHeldCols>& a, const B& b) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int32 k = 0; k < kHeldCols; k += 16)
+    ptx::wgmma_rs<kDType, B::kTransposed>(c.x[0], a.held[k / 16], b.at(k), kAccumulate || k > 0);
+  if constexpr (kHeldCols < T::kCols) {
+    const RowsOperand<T> rest(a.tile, a.row);
+#pragma unroll
+    for (int32 k = kHeldCols; k < T::kCols; k += 16)
+      ptx::wgmma_ss<kDType, false, B::kTransposed>(c.x[0], rest.at(k), b.at(k), kAccumulate || k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
 // Waits until at most kPending groups are under way, and c's is not among them.
 template <int32 kPending, int32 kN>
 __forceinline__ void wait_gemm(Accumulator<16, kN>& c) {
