@@ -216,6 +216,7 @@ struct Fwd {
       if constexpr (kC.bias_tiled) ptx::prefetch_tensor_map(p.bias_map);
     }
     for_each_unit(shared, base, [&](const Unit& unit) {
+      if (unit.q_end == 0) return;  // nobody waits for its end
       const Sequence& seq = unit.seq;
       KeyBlocks<kC> keys = keys_of(ScoreInputs<kC>(p, seq, unit.head), unit);
       int32 n = keys.last();
