@@ -25,10 +25,16 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KERNELS = "jax_flash"
 
 
-def reports(log: str) -> list[str]:
-    """The sanitizer's reports about one of our kernels: a line each, with the indented ones below it."""
-    blocks = re.split(r"^=========\s?(?=\S)", log, flags=re.MULTILINE)
-    return [block for block in blocks if re.search(rf"\bat (0x\w+ in )?\S*{KERNELS}", block)]
+def reports(log: str) -> list[tuple[str, str]]:
+    """The sanitizer's reports about one of our kernels, each behind the call that it came from: a line, with the
+    indented ones below it."""
+    of_calls = re.split(r"^((?:portable|hopper): .*)$", log, flags=re.MULTILINE)  # a line in front of each
+    return [
+        (call, block)
+        for call, text in zip(["", *of_calls[1::2]], of_calls[::2], strict=True)
+        for block in re.split(r"^=========\s?(?=\S)", text, flags=re.MULTILINE)
+        if re.search(rf"\bat (0x\w+ in )?\S*{KERNELS}", block)
+    ]
 
 
 def find_sanitizer() -> str | None:
@@ -64,11 +70,15 @@ def check(tool: str, sanitizer: str, jobs: int) -> bool:
     failed = [process for process in done if process.returncode]
     clean = not failed and not found
     print(f"{tool}: {'clean' if clean else f'{len(failed)} of {jobs} failed, {len(found)} reports'}", flush=True)
+    # Such as that there are more barriers than the tool follows.
+    logs = "\n".join(process.stdout for process in done)
+    for warning in sorted(set(re.findall(r"^=+ (Warning: .*)", logs, flags=re.MULTILINE))):
+        print(warning, flush=True)
     if not clean:
-        # How often which kernel is named, as only the first reports are shown.
-        for kernel, count in Counter(re.findall(rf"\b{KERNELS}\w*", "\n".join(found))).items():
-            print(f"{kernel}: {count} times", flush=True)
-        print("\n".join(found[:5]) or failed[0].stdout[-3000:], flush=True)
+        # Which calls they are of, as only the first reports are shown.
+        for call, count in Counter(call for call, _ in found).items():
+            print(f"{call}: {count} times", flush=True)
+        print("\n".join(block for _, block in found[:5]) or failed[0].stdout[-3000:], flush=True)
     return clean
 
 
