@@ -557,7 +557,7 @@ struct Bwd {
    private:
     // Where there are registers enough, nobody shall write to those of dq_, which additions read late, before the next
     // product does. The compiler sees to it if that might add to them, which it never does.
-    static constexpr bool kKeepsRegisters = kC.block_q == 64 && max_of(kC.head_dim, kC.head_dim_v) <= 96;
+    static constexpr bool kKeepsRegisters = kC.block_q == 64 && kLargestHeadDim <= 96;
     __forceinline__ bool might_add() const { return p_.num_heads < 0; }
 
     const HopperBwdProblem& p_;
