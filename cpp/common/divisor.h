@@ -23,6 +23,15 @@ static constexpr uint32 quotient(uint32 n, const Divisor& divisor) {
   return (uint32(uint64(n) * divisor.factor >> 32) + n) >> divisor.shift;
 }
 
+// One that nobody has prepared.
+struct PlainDivisor {
+  uint32 value;
+};
+
+static constexpr uint32 quotient(uint32 n, PlainDivisor divisor) {
+  return n / divisor.value;
+}
+
 static_assert(quotient(0x7FFFFFFF, make_divisor(1)) == 0x7FFFFFFF && quotient(63, make_divisor(64)) == 0);
 static_assert(quotient(0x7FFFFFFF, make_divisor(7)) == 306783378 && quotient(306783377, make_divisor(7)) == 43826196);
 static_assert(quotient(0x7FFFFFFE, make_divisor(0x7FFFFFFF)) == 0 && quotient(3 * 683 - 1, make_divisor(683)) == 2);

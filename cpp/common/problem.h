@@ -5,8 +5,8 @@
 // its rows. Paged problems differ only in how a key's row is found.
 #pragma once
 
-#include "common/divisor.h"
 #include "common/types.h"
+#include "common/unit_order.h"
 
 namespace flash {
 
@@ -104,19 +104,6 @@ struct DbiasProblem : Problem {
 // How the copy engine of a GPU reads a tensor: the driver's CUtensorMap, whose contents are its own.
 struct alignas(128) TensorMap {
   uint64 words[16];
-};
-
-// How the units of work of Hopper's kernels follow each other: Units in kernels/tile/sequence.cuh. The last section has
-// no more than all heads, those before have a multiple of `section`.
-struct UnitOrder {
-  Divisor section;        // heads, of all sequences and batch entries, that are worked on at a time
-  Divisor section_units;  // units of so many heads
-  Divisor last_section;   // heads of the last section
-  Divisor num_heads;      // of queries in the forward, of keys in the backward
-  Divisor num_sequences;
-  Divisor group;  // query heads of a key head
-  uint32 heads;   // of all sequences and batch entries
-  uint32 blocks;  // of each of them
 };
 
 // What Hopper's forward kernel takes. Maps are of [batch, head, row, column].

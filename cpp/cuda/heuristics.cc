@@ -234,29 +234,31 @@ bool is_uneven(const Problem& p) {
          p.cu_seqlens_kv.data || p.q_lens.data || p.kv_lens.data || p.q_segment_ids.data;
 }
 
-// For num_heads heads, each with so many blocks, in sections of so many heads, of which the last one has at least
-// least_last.
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section, int64 least_last) {
-  const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
+// For num_heads heads, each with so many blocks. A section is of at most so many groups of `unit` heads, which divides
+// num_heads; more than 64 groups gain nothing. Of so many late heads, or some more, half of the blocks come last.
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 unit, int64 groups, int64 late_heads) {
+  const int64 heads = blocks > 0 ? num_heads * p.num_sequences * num_batch_entries(p) : 0;
   auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
-  section = clamp_to<int64>(section, 1, max_of<int64>(heads, 1));
-  const int64 last = heads - max_of<int64>(heads - max_of<int64>(least_last, 1), 0) / section * section;
-  return {divisor(section),         divisor(section * blocks), divisor(last), divisor(num_heads),
-          divisor(p.num_sequences), divisor(group_of(p)),      uint32(heads), uint32(blocks)};
+  groups = clamp_to<int64>(groups, 1, 64);
+  while (heads % (groups * unit) != 0) --groups;
+  const int64 section = groups * unit, last_blocks = late_heads > 0 ? blocks / 2 : 0;
+  return {divisor(section),     divisor(min_of(ceil_div(max_of<int64>(late_heads, 1), section) * section, heads)),
+          divisor(blocks),      divisor(blocks - last_blocks),
+          divisor(num_heads),   divisor(p.num_sequences),
+          divisor(group_of(p)), uint32(heads)};
 }
 
-// How many times rows of so many bytes fit into this many, but once at least.
-int64 times_in(int64 bytes, int64 rows, int64 row_bytes) {
-  return max_of<int64>(bytes / max_of<int64>(rows * row_bytes, 1), 1);
+// How many times rows of so many bytes fit into 10 MB, which stay in the L2 cache beside what else goes through it.
+int64 times_in_cache(int64 rows, int64 row_bytes) {
+  return (10 << 20) / max_of<int64>(rows * row_bytes, 1);
 }
 
-// Bytes of operands in the last section where units are uneven, with so many rows for each head. That section is
-// larger, since the order of its units, the longest first, then fills the multiprocessors to the end. 48 MB are about
-// what the L2 cache holds; the longer the sequences, the more is done with what comes from memory instead (cycles in
-// thousands, forward, causal, with 32, 48, 64, 130 MB: head dim 128, 4096 762, 750, 756, 839; 16384 2846, 2755, 2733,
-// 2734; head dim 256, 16384 2703, 2575, 2416, 2319).
-int64 bytes_of_last_section(int64 rows) {
-  return max_of<int64>(48 << 20, rows * (12 << 10));
+// The heads that are late: those that have four units for each multiprocessor, of which two then come last, the
+// shortest, so that all are done at about the same time. More heads' operands would not stay in the L2 cache. Packed
+// sequences count with their mean length.
+int64 late_heads(const Problem& p, int64 units_at_once, int64 rows, bool packed, int64 block_rows) {
+  if (packed) rows = ceil_div(rows, max_of<int64>(p.num_sequences, 1));
+  return ceil_div(4 * units_at_once, max_of<int64>(ceil_div(rows, block_rows), 1));
 }
 
 }  // namespace
@@ -265,31 +267,27 @@ int64 bytes_of_last_section(int64 rows) {
 // once (512 full, head dim 128: 258 MB in all and 270 thousand cycles, with sections of 32 MB 516 MB and 330).
 // Otherwise small sections do so too, while several heads at a time suit short units (512 causal, head dim 64 and 128,
 // sections of one group 317 and 217, of 10 MB 289 and 214, of 32 MB 290 and 250).
-UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c) {
-  const int64 blocks = ceil_div(p.max_seqlen_q, c.block_q), group = group_of(p);
-  if (!is_uneven(p)) return order_of(p, p.num_heads, blocks, group, group);
+UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c, int64 units_at_once) {
+  const int64 blocks = ceil_div(p.max_seqlen_q, c.block_q), group = max_of<int64>(group_of(p), 1);
+  if (!is_uneven(p)) return order_of(p, p.num_heads, blocks, group, 1, 0);
   // K and V in 16 bits, which the query heads of a group share.
-  auto heads_in = [&](int64 bytes) {
-    return group * times_in(bytes, p.max_seqlen_kv, 2 * (p.head_dim + p.head_dim_v));
-  };
-  return order_of(p, p.num_heads, blocks, heads_in(10 << 20), heads_in(bytes_of_last_section(p.max_seqlen_kv)));
+  const int64 groups = times_in_cache(p.max_seqlen_kv, 2 * (p.head_dim + p.head_dim_v));
+  return order_of(p, p.num_heads, blocks, group, groups,
+                  late_heads(p, units_at_once, p.seqlen_q, p.cu_seqlens_q.data, c.block_q));
 }
 
 // If deterministic, short units come first, and turns are passed on fast only while dq_accum is in the L2 cache
-// (causal, 16384, head dim 128: 16 million cycles with 12 heads in the last section, 10.2 with one).
+// (causal, 16384, head dim 128: 16 million cycles with 12 heads at a time, 10.2 with one).
 UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c, int64 units_at_once) {
   const int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv);
-  if (!is_uneven(p) || c.deterministic) return order_of(p, p.num_heads_kv, blocks, 1, 1);
+  if (!is_uneven(p) || c.deterministic) return order_of(p, p.num_heads_kv, blocks, 1, 1, 0);
   // Blocks go through the query heads of a group in turn, soon not all through the same one: as few key heads at a time
   // as keep the multiprocessors busy (32 heads on 8, causal, head dim 128, 1024 to 8192: 8 to 26 % faster).
-  if (group_of(p) > 1) {
-    const int64 busy = units_at_once / max_of<int64>(blocks, 1);
-    return order_of(p, p.num_heads_kv, blocks, busy, busy);
-  }
+  if (group_of(p) > 1) return order_of(p, p.num_heads_kv, blocks, 1, units_at_once / max_of<int64>(blocks, 1), 0);
   // q and dO in 16 bits, and dq_accum in 32.
-  const int64 rows = p.max_seqlen_q,
-              last = times_in(bytes_of_last_section(rows), rows, 2 * (3 * p.head_dim + p.head_dim_v));
-  return order_of(p, p.num_heads_kv, blocks, 1, last);
+  const int64 groups = times_in_cache(p.max_seqlen_q, 2 * (3 * p.head_dim + p.head_dim_v));
+  return order_of(p, p.num_heads_kv, blocks, 1, groups,
+                  late_heads(p, units_at_once, p.seqlen_kv, p.cu_seqlens_kv.data, c.block_kv));
 }
 
 void override_config(Fields fields) {

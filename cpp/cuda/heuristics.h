@@ -19,8 +19,9 @@ KernelConfig facts_of(const DbiasProblem& problem);
 // there is no kernel, as for float32.
 KernelConfig configure(KernelConfig facts, const Arch& arch);
 
-// The order in which Hopper's kernels work: heads whose operands lie in the L2 cache together, long units before short.
-UnitOrder unit_order(const FwdProblem& problem, const KernelConfig& config);
+// The order in which Hopper's kernels work, on so many units at once: heads whose operands lie in the L2 cache
+// together, long units before short.
+UnitOrder unit_order(const FwdProblem& problem, const KernelConfig& config, int64 units_at_once);
 UnitOrder unit_order(const BwdProblem& problem, const KernelConfig& config, int64 units_at_once);
 
 // For tests and measurements: values of fields, by name, that configure() takes in place of its own choice until the

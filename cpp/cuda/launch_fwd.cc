@@ -12,8 +12,8 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
   HopperFwdProblem h = {p};
   encode_tensor_maps(h, c);
   check_count(units);
-  h.order = unit_order(p, c);
-  const int64 blocks = min_of<int64>(units, multiprocessors_of(device));
+  const int64 at_once = multiprocessors_of(device), blocks = min_of(units, at_once);
+  h.order = unit_order(p, c, at_once);
   if (units > blocks) set_zero(p.next_unit.data, 4, stream);
   launch(load(c, device).entry[0], blocks, num_threads(c), shared_bytes(c), stream, &h);
 }

@@ -14,6 +14,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "cuda/attention.h"
 #include "cuda/disk_cache.h"
@@ -265,13 +266,16 @@ extern "C" long long emulated_blocks() {
   return flash::cuda::blocks_of_last_launch;
 }
 
-// Whether an order of units, so many blocks of each head, covers all heads by sections that a kernel can divide by.
+// Whether an order has each block of each head once.
 static bool is_sound(const flash::UnitOrder& order, long long heads, long long blocks) {
-  const long long last = order.last_section.value, section = order.section.value;
-  if (order.heads != heads || order.blocks != blocks) return false;
-  if (heads == 0) return section > 0;
-  return 0 < section && section <= heads && 0 < last && last <= heads && (heads - last) % section == 0 &&
-         order.section_units.value == (blocks ? section * blocks : 1);
+  if (order.count() != heads * blocks) return false;
+  std::vector<bool> seen(order.count());
+  for (flash::uint32 unit = 0; unit < order.count(); ++unit) {
+    const auto [head, block] = order.place_of(unit);
+    if (head >= heads || block >= blocks || seen[head * blocks + block]) return false;
+    seen[head * blocks + block] = true;
+  }
+  return true;
 }
 
 // Whether those of a forward and of a backward are, with a causal mask and without.
@@ -286,7 +290,7 @@ extern "C" bool has_sound_order(long long heads, long long heads_kv, long long s
     return p;
   };
   for (int causal = 0; causal < 2; ++causal)
-    if (!is_sound(flash::cuda::unit_order(fill(flash::FwdProblem{}, causal), config), heads * sequences,
+    if (!is_sound(flash::cuda::unit_order(fill(flash::FwdProblem{}, causal), config, 132), heads * sequences,
                   (seqlen_q + 127) / 128) ||
         !is_sound(flash::cuda::unit_order(fill(flash::BwdProblem{}, causal), config, 132), heads_kv * sequences,
                   (seqlen_kv + 127) / 128))

@@ -737,6 +737,7 @@ struct Bwd {
         late_dq.add();
         wait_gemm<0>(dk_sum);
         late_dq.release();
+        __syncwarp();  // all lanes have read their lse
         if (late_dq.is_due() && thread % 32 == 0) rings.due_rows.release();
       };
 #pragma unroll 1

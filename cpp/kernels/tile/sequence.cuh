@@ -150,46 +150,35 @@ static constexpr int32 statistics_offset(int32 row) {
   return row / kStatisticsRows * 2 * kDeltaBehindLse + 4 * (row % kStatisticsRows);
 }
 
-// A divisor that the host has not prepared.
-struct PlainDivisor {
-  uint32 value;
-};
-__forceinline__ uint32 quotient(uint32 n, PlainDivisor divisor) {
-  return n / divisor.value;
-}
-
 enum class Side { kQueries, kKeys };
 
 // The work of a grid, in units: [batch entry, sequence, head, block of kBlockRows rows] and then, if packed, blocks of
 // kStrayRows rows of batch entries, for rows that lie in no sequence and that nobody else would define.
 //
-// Heads (of all sequences and batch entries) come in sections, blocks of a section in turn for each head; all sections
-// but the last have as many heads. Late blocks come first if kLateFirst: with a causal mask those of queries are the
-// longest, and those of keys the first that have turns at dq.
+// The blocks come in the order of UnitOrderOf, the high ones of a head first if kHighFirst: with a causal mask those of
+// queries are the longest, and those of keys the first that have turns at dq.
 //
 // Div is Divisor where the host has prepared the divisions, else PlainDivisor.
-template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool kLateFirst, class Div>
+template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kStrayRows, bool kHighFirst, class Div>
 struct Units {
   const Problem& p;
   // 32 bits, as a grid has fewer than 2^31 blocks: divisions of 64 bits are slow.
-  uint32 heads, blocks;
-  Div section, section_units, last_section, num_heads, num_sequences;
+  UnitOrderOf<Div> order;
 
   static constexpr bool kQueries = kSide == Side::kQueries;
 
-  __forceinline__ Units(const Problem& problem, const UnitOrder& order)
-      : Units(problem, order.heads, order.blocks, order.section, order.section_units, order.last_section,
-              order.num_heads, order.num_sequences) {}
-  // All sections of so many heads, which divide those of a sequence.
-  __forceinline__ Units(const Problem& problem, uint32 section)
-      : Units(problem, heads_of(problem) * uint32(problem.num_sequences * num_batch_entries(problem)),
-              blocks_of(problem), {section}, {section * blocks_of(problem)}, {section}, {heads_of(problem)},
-              {uint32(problem.num_sequences)}) {}
+  __forceinline__ Units(const Problem& problem, const UnitOrderOf<Div>& unit_order) : p(problem), order(unit_order) {}
+  // In sections of so many heads, which divide those of a sequence, none late.
+  __forceinline__ Units(const Problem& problem, uint32 section) : p(problem) {
+    order.heads = heads_of(problem) * uint32(problem.num_sequences * num_batch_entries(problem));
+    order.section = {section}, order.late_heads = {0}, order.blocks = order.first_blocks = {blocks_of(problem)};
+    order.num_heads = {heads_of(problem)}, order.num_sequences = {uint32(problem.num_sequences)};
+  }
 
   __forceinline__ uint32 count() const {
     const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
     const bool packed = (kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv).data;
-    return block_units() + (packed ? uint32(ceil_div(rows, kStrayRows) * num_batch_entries(p)) : 0);
+    return order.count() + (packed ? uint32(ceil_div(rows, kStrayRows) * num_batch_entries(p)) : 0);
   }
 
   // Calls on_block(sequence, head, row) for blocks of rows that start at `row` of the sequence, or on_rest(batch, row,
@@ -197,33 +186,28 @@ struct Units {
   // called by whole warps.
   template <class OnBlock, class OnRest>
   __forceinline__ void visit(uint32 unit, OnBlock on_block, OnRest on_rest) const {
-    if (unit < block_units()) {
-      const uint32 heads_before = heads - last_section.value;  // the last section
-      const bool last = unit >= heads_before * blocks;
-      const uint32 section_index = quotient(unit, section_units);
-      const uint32 first_head = last ? heads_before : section_index * section.value, rest = unit - first_head * blocks;
-      const Div width = last ? last_section : section;
-      const uint32 block = quotient(rest, width);
-      const uint32 linear_head = first_head + rest - block * width.value, entry = quotient(linear_head, num_heads);
-      const uint32 head = linear_head - entry * num_heads.value, batch = quotient(entry, num_sequences);
-      const Sequence s = sequence_of<kBatchAxes>(p, batch, int32(entry - batch * num_sequences.value));
+    if (unit < order.count()) {
+      const auto place = order.place_of(unit);
+      const uint32 entry = quotient(place.head, order.num_heads), batch = quotient(entry, order.num_sequences);
+      const uint32 head = place.head - entry * order.num_heads.value;
+      const Sequence s = sequence_of<kBatchAxes>(p, batch, int32(entry - batch * order.num_sequences.value));
       const int32 size = kQueries ? s.q.size : s.kv.size;
       // More than one block of rows only if max_seqlen was too small; then neighbours, as those who take turns need.
-      const int64 stated = int64(blocks) * kBlockRows;
+      const int64 stated = int64(order.blocks.value) * kBlockRows;
       const int32 passes = size <= stated ? 1 : int32(ceil_div(size, stated));
-      const int32 first = int32(kLateFirst ? blocks - 1 - block : block) * passes;
+      const int32 first = int32(kHighFirst ? order.blocks.value - 1 - place.block : place.block) * passes;
 #pragma unroll 1
       for (int32 pass = 0; pass < passes; ++pass) {
-        const int32 i = first + (kLateFirst ? passes - 1 - pass : pass);
+        const int32 i = first + (kHighFirst ? passes - 1 - pass : pass);
         if (int64(i) * kBlockRows < size) on_block(s, int32(head), i * kBlockRows);
       }
     } else {
       const int64 rows = kQueries ? p.seqlen_q : p.seqlen_kv;
-      const uint32 row_blocks = uint32(ceil_div(rows, kStrayRows)), batch = (unit - block_units()) / row_blocks;
+      const uint32 row_blocks = uint32(ceil_div(rows, kStrayRows)), batch = (unit - order.count()) / row_blocks;
       const View& cu_seqlens = kQueries ? p.cu_seqlens_q : p.cu_seqlens_kv;
       const Range packed = {packed_offset<kBatchAxes>(p, cu_seqlens, batch, 0, rows),
                             packed_offset<kBatchAxes>(p, cu_seqlens, batch, int32(p.num_sequences), rows)};
-      on_rest(int64(batch), int32((unit - block_units()) % row_blocks * kStrayRows), packed);
+      on_rest(int64(batch), int32((unit - order.count()) % row_blocks * kStrayRows), packed);
     }
   }
 
@@ -241,30 +225,17 @@ struct Units {
   }
 
  private:
-  // Units of blocks, which come in front of those of rows that lie in no sequence.
-  __forceinline__ uint32 block_units() const { return heads * blocks; }
   static __forceinline__ uint32 blocks_of(const Problem& p) {
     return uint32(ceil_div(kQueries ? p.max_seqlen_q : p.max_seqlen_kv, kBlockRows));
   }
   static __forceinline__ uint32 heads_of(const Problem& p) { return uint32(kQueries ? p.num_heads : p.num_heads_kv); }
-
-  __forceinline__ Units(const Problem& problem, uint32 heads, uint32 blocks, Div section, Div section_units,
-                        Div last_section, Div num_heads, Div num_sequences)
-      : p(problem),
-        heads(heads),
-        blocks(blocks),
-        section(section),
-        section_units(section_units),
-        last_section(last_section),
-        num_heads(num_heads),
-        num_sequences(num_sequences) {}
 };
 
 // Does unit blockIdx.x with all of kThreads threads. Sections are of one head for kernels that read their operands many
 // times, of all of a sequence for those that go through memory once, in its order.
-template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kLateFirst, class OnBlock, class OnStray>
+template <int32 kBatchAxes, Side kSide, int32 kBlockRows, int32 kThreads, bool kHighFirst, class OnBlock, class OnStray>
 __forceinline__ void for_each_block(const Problem& p, OnBlock on_block, OnStray on_stray, uint32 section = 1) {
-  Units<kBatchAxes, kSide, kBlockRows, kThreads, kLateFirst, PlainDivisor>(p, section)
+  Units<kBatchAxes, kSide, kBlockRows, kThreads, kHighFirst, PlainDivisor>(p, section)
       .visit(
           blockIdx.x, threadIdx.x,
           [&](const Sequence& s, int32 head, int32 row) {
