@@ -51,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             records = _run_pass(workload, inputs, pass_, args)
             _print_rows(records)
             report["results"] += records
+        if args.out:  # each time, so that a run that is cut off leaves what it has measured
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
     skipped = collections.Counter((r["implementation"], r["skipped"]) for r in report["results"] if "skipped" in r)
     for (name, reason), count in skipped.items():
         print(f"{name} skipped {count} of {len(passes) * len(selected)} passes: {reason}")
     _print_summary(report["results"], passes)
 
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
         plot.draw(report, args.plot)
     return int(any("failed" in r for r in report["results"] if r["implementation"] == "jax_flash"))
