@@ -6,18 +6,19 @@
 
 namespace flash {
 
-// Heads, of all sequences and batch entries, come in sections, blocks of a section in turn for each head. Only the last
-// blocks of late heads come behind all others, in turn for each of these.
+// Heads, of all sequences and batch entries, come in sections: the first block of each of its heads, then the second
+// one of each, and so on. The last heads are late: only their first blocks come so, in sections of their own, and the
+// rest behind all else, as if these heads were one section.
 template <class Div>
 struct UnitOrderOf {
-  Div section;       // heads that are worked on at a time; divides both late heads and the others
-  Div late_heads;    // the last ones
-  Div blocks;        // of each head
-  Div first_blocks;  // of a late one, those that are not its last
+  Div section;     // heads of one; divides the number of those that are not late and, unless first_blocks is 0, of late
+  Div late_heads;  // how many are late
+  Div blocks;      // of each head
+  Div first_blocks;  // of a late one, those that come with its section
   Div num_heads;     // of queries or keys, of a sequence
   Div num_sequences;
-  Div group;     // query heads of a key head
-  uint32 heads;  // none if they have no blocks
+  Div group;  // query heads of a key head
+  uint32 heads;
 
   struct Place {
     uint32 head, block;

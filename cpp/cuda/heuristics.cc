@@ -234,31 +234,46 @@ bool is_uneven(const Problem& p) {
          p.cu_seqlens_kv.data || p.q_lens.data || p.kv_lens.data || p.q_segment_ids.data;
 }
 
-// For num_heads heads, each with so many blocks. A section is of at most so many groups of `unit` heads, which divides
-// num_heads; more than 64 groups gain nothing. Of so many late heads, or some more, half of the blocks come last.
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 unit, int64 groups, int64 late_heads) {
-  const int64 heads = blocks > 0 ? num_heads * p.num_sequences * num_batch_entries(p) : 0;
-  auto divisor = [](int64 n) { return make_divisor(uint32(max_of<int64>(n, 1))); };
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section, int64 late, int64 last_blocks) {
+  auto divisor = [](int64 n) { return n > 0 ? make_divisor(uint32(n)) : Divisor{}; };
+  return {divisor(section),
+          divisor(late),
+          divisor(blocks),
+          divisor(blocks - last_blocks),
+          divisor(num_heads),
+          divisor(p.num_sequences),
+          divisor(max_of<int64>(group_of(p), 1)),
+          uint32(num_heads * p.num_sequences * num_batch_entries(p))};
+}
+
+// So many heads at a time, in the end with those that are left over.
+UnitOrder in_sections(const Problem& p, int64 num_heads, int64 blocks, int64 section) {
+  const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
+  section = clamp_to<int64>(section, 1, max_of<int64>(heads, 1));
+  return order_of(p, num_heads, blocks, section, heads < section ? heads : section + heads % section, blocks);
+}
+
+// For units that become shorter with each block of a head. Sections are of so many groups of `group` heads, which
+// divides num_heads, or of as many fewer as it takes to divide all heads; more than 64 groups gain nothing. The shorter
+// half of a few heads' units comes last, so that all thread blocks are done at about the same time: of as many heads as
+// have, in the mean, four units for each that runs at once; more would not stay in the L2 cache.
+UnitOrder with_short_ones_last(const Problem& p, int64 num_heads, int64 blocks, int64 mean_blocks, int64 group,
+                               int64 groups, int64 units_at_once) {
+  const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
   groups = clamp_to<int64>(groups, 1, 64);
-  while (heads % (groups * unit) != 0) --groups;
-  const int64 section = groups * unit, last_blocks = late_heads > 0 ? blocks / 2 : 0;
-  return {divisor(section),     divisor(min_of(ceil_div(max_of<int64>(late_heads, 1), section) * section, heads)),
-          divisor(blocks),      divisor(blocks - last_blocks),
-          divisor(num_heads),   divisor(p.num_sequences),
-          divisor(group_of(p)), uint32(heads)};
+  while (heads % (groups * group) != 0) --groups;
+  const int64 section = groups * group, late = ceil_div(4 * units_at_once, max_of<int64>(mean_blocks, 1));
+  return order_of(p, num_heads, blocks, section, min_of(ceil_div(late, section) * section, heads), blocks / 2);
+}
+
+// Of a sequence, packed or not, with so many rows in all.
+int64 mean_blocks(const Problem& p, int64 rows, bool packed, int64 block_rows) {
+  return ceil_div(packed ? ceil_div(rows, max_of<int64>(p.num_sequences, 1)) : rows, block_rows);
 }
 
 // How many times rows of so many bytes fit into 10 MB, which stay in the L2 cache beside what else goes through it.
 int64 times_in_cache(int64 rows, int64 row_bytes) {
   return (10 << 20) / max_of<int64>(rows * row_bytes, 1);
-}
-
-// The heads that are late: those that have four units for each multiprocessor, of which two then come last, the
-// shortest, so that all are done at about the same time. More heads' operands would not stay in the L2 cache. Packed
-// sequences count with their mean length.
-int64 late_heads(const Problem& p, int64 units_at_once, int64 rows, bool packed, int64 block_rows) {
-  if (packed) rows = ceil_div(rows, max_of<int64>(p.num_sequences, 1));
-  return ceil_div(4 * units_at_once, max_of<int64>(ceil_div(rows, block_rows), 1));
 }
 
 }  // namespace
@@ -269,25 +284,25 @@ int64 late_heads(const Problem& p, int64 units_at_once, int64 rows, bool packed,
 // sections of one group 317 and 217, of 10 MB 289 and 214, of 32 MB 290 and 250).
 UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c, int64 units_at_once) {
   const int64 blocks = ceil_div(p.max_seqlen_q, c.block_q), group = max_of<int64>(group_of(p), 1);
-  if (!is_uneven(p)) return order_of(p, p.num_heads, blocks, group, 1, 0);
+  if (!is_uneven(p)) return in_sections(p, p.num_heads, blocks, group);
   // K and V in 16 bits, which the query heads of a group share.
   const int64 groups = times_in_cache(p.max_seqlen_kv, 2 * (p.head_dim + p.head_dim_v));
-  return order_of(p, p.num_heads, blocks, group, groups,
-                  late_heads(p, units_at_once, p.seqlen_q, p.cu_seqlens_q.data, c.block_q));
+  return with_short_ones_last(p, p.num_heads, blocks, mean_blocks(p, p.seqlen_q, p.cu_seqlens_q.data, c.block_q), group,
+                              groups, units_at_once);
 }
 
 // If deterministic, short units come first, and turns are passed on fast only while dq_accum is in the L2 cache
 // (causal, 16384, head dim 128: 16 million cycles with 12 heads at a time, 10.2 with one).
 UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c, int64 units_at_once) {
   const int64 blocks = ceil_div(p.max_seqlen_kv, c.block_kv);
-  if (!is_uneven(p) || c.deterministic) return order_of(p, p.num_heads_kv, blocks, 1, 1, 0);
+  if (!is_uneven(p) || c.deterministic) return in_sections(p, p.num_heads_kv, blocks, 1);
   // Blocks go through the query heads of a group in turn, soon not all through the same one: as few key heads at a time
   // as keep the multiprocessors busy (32 heads on 8, causal, head dim 128, 1024 to 8192: 8 to 26 % faster).
-  if (group_of(p) > 1) return order_of(p, p.num_heads_kv, blocks, 1, units_at_once / max_of<int64>(blocks, 1), 0);
+  if (group_of(p) > 1) return in_sections(p, p.num_heads_kv, blocks, units_at_once / max_of<int64>(blocks, 1));
   // q and dO in 16 bits, and dq_accum in 32.
   const int64 groups = times_in_cache(p.max_seqlen_q, 2 * (3 * p.head_dim + p.head_dim_v));
-  return order_of(p, p.num_heads_kv, blocks, 1, groups,
-                  late_heads(p, units_at_once, p.seqlen_kv, p.cu_seqlens_kv.data, c.block_kv));
+  return with_short_ones_last(p, p.num_heads_kv, blocks, mean_blocks(p, p.seqlen_kv, p.cu_seqlens_kv.data, c.block_kv),
+                              1, groups, units_at_once);
 }
 
 void override_config(Fields fields) {

@@ -266,35 +266,44 @@ extern "C" long long emulated_blocks() {
   return flash::cuda::blocks_of_last_launch;
 }
 
-// Whether an order has each block of each head once.
-static bool is_sound(const flash::UnitOrder& order, long long heads, long long blocks) {
+// Whether an order has each block of each head once, and if deterministic one behind the other.
+static bool is_sound(const flash::UnitOrder& order, long long heads, long long blocks, bool deterministic = false) {
   if (order.count() != heads * blocks) return false;
   std::vector<bool> seen(order.count());
   for (flash::uint32 unit = 0; unit < order.count(); ++unit) {
     const auto [head, block] = order.place_of(unit);
+    if (deterministic && head * blocks + block != unit) return false;
     if (head >= heads || block >= blocks || seen[head * blocks + block]) return false;
     seen[head * blocks + block] = true;
   }
   return true;
 }
 
-// Whether those of a forward and of a backward are, with a causal mask and without.
+// Whether those of a forward and of a backward are, deterministic or not: without a mask, with a causal one, and of
+// packed sequences, which have a third of the rows that they might have.
 extern "C" bool has_sound_order(long long heads, long long heads_kv, long long seqlen_q, long long seqlen_kv,
                                 long long sequences) {
   flash::KernelConfig config = {};
   config.block_q = config.block_kv = 128;
-  auto fill = [&](auto p, int causal) {
+  enum Kind { kFull, kCausal, kPacked };
+  auto fill = [&](auto p, Kind kind) {
     p.num_heads = heads, p.num_heads_kv = heads_kv, p.num_sequences = sequences;
     p.max_seqlen_q = seqlen_q, p.max_seqlen_kv = seqlen_kv, p.head_dim = p.head_dim_v = 64;
-    p.options.window_left = -1, p.options.window_right = causal ? 0 : -1;
+    p.seqlen_q = kind == kPacked ? seqlen_q * sequences / 3 : seqlen_q;
+    p.seqlen_kv = kind == kPacked ? seqlen_kv * sequences / 3 : seqlen_kv;
+    if (kind == kPacked) p.cu_seqlens_q.data = p.cu_seqlens_kv.data = &config;  // anything
+    p.options.window_left = -1, p.options.window_right = kind == kFull ? -1 : 0;
     return p;
   };
-  for (int causal = 0; causal < 2; ++causal)
-    if (!is_sound(flash::cuda::unit_order(fill(flash::FwdProblem{}, causal), config, 132), heads * sequences,
-                  (seqlen_q + 127) / 128) ||
-        !is_sound(flash::cuda::unit_order(fill(flash::BwdProblem{}, causal), config, 132), heads_kv * sequences,
-                  (seqlen_kv + 127) / 128))
-      return false;
+  for (Kind kind : {kFull, kCausal, kPacked})
+    for (bool deterministic : {false, true}) {
+      config.deterministic = deterministic;
+      if (!is_sound(flash::cuda::unit_order(fill(flash::FwdProblem{}, kind), config, 132), heads * sequences,
+                    (seqlen_q + 127) / 128) ||
+          !is_sound(flash::cuda::unit_order(fill(flash::BwdProblem{}, kind), config, 132), heads_kv * sequences,
+                    (seqlen_kv + 127) / 128, deterministic))
+        return false;
+    }
   return true;
 }
 
