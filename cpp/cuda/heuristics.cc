@@ -141,6 +141,11 @@ Tiling tiling(const KernelConfig& c, int32 head_dim, const Arch& arch) {
   return hopper ? hopper_dbias_tiling(head_dim) : dbias_tiling(c, head_dim, arch);
 }
 
+// Of all sequences and batch entries.
+int64 all_heads(const Problem& p, int64 num_heads) {
+  return num_heads * p.num_sequences * num_batch_entries(p);
+}
+
 // Whether blocks of 192 queries shall do, by three warpgroups, and not of 128. Cycles in thousands of both, on an H100:
 // head dim 64: 512 full 306, 331, causal 303, 279; 1024 causal 399, 394; 2048 causal 576, 607; 16384 full 6329, 7513;
 // head dim 96 (both take less since): 1024 full 463, 498, causal 352, 341; 2048 causal 512, 532; head dim 128: 1024
@@ -158,7 +163,7 @@ bool suits_large_blocks(const FwdProblem& p) {
   // A block of 192 takes 6 to 14 % less time for each query, but there are fewer to share among multiprocessors. Of
   // packed sequences only the greatest length is known here.
   auto rounds_of = [&](int64 block_q) {
-    const int64 blocks = ceil_div(p.max_seqlen_q, block_q) * p.num_heads * p.num_sequences * num_batch_entries(p);
+    const int64 blocks = ceil_div(p.max_seqlen_q, block_q) * all_heads(p, p.num_heads);
     return ceil_div(blocks, kMultiprocessors);
   };
   return rounds_of(192) * 192 * (head_dim <= 96 ? 86 : 94) <= rounds_of(128) * 128 * 100;
@@ -222,9 +227,9 @@ KernelConfig configure(KernelConfig facts, const Arch& arch) {
 
 namespace {
 
-// Query heads of a key head; there may be none of either.
+// Query heads of a key head, 1 if there are none of either.
 int64 group_of(const Problem& p) {
-  return p.num_heads / max_of<int64>(p.num_heads_kv, 1);
+  return max_of<int64>(p.num_heads / max_of<int64>(p.num_heads_kv, 1), 1);
 }
 
 // Whether units of work differ in length.
@@ -234,23 +239,20 @@ bool is_uneven(const Problem& p) {
          p.cu_seqlens_kv.data || p.q_lens.data || p.kv_lens.data || p.q_segment_ids.data;
 }
 
-UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section, int64 late, int64 last_blocks) {
+// For num_heads heads of each sequence; the rest is UnitOrderOf's.
+UnitOrder order_of(const Problem& p, int64 num_heads, int64 blocks, int64 section, int64 late, int64 first_blocks) {
   auto divisor = [](int64 n) { return n > 0 ? make_divisor(uint32(n)) : Divisor{}; };
-  return {divisor(section),
-          divisor(late),
-          divisor(blocks),
-          divisor(blocks - last_blocks),
-          divisor(num_heads),
-          divisor(p.num_sequences),
-          divisor(max_of<int64>(group_of(p), 1)),
-          uint32(num_heads * p.num_sequences * num_batch_entries(p))};
+  return {divisor(section),     divisor(late),
+          divisor(blocks),      divisor(first_blocks),
+          divisor(num_heads),   divisor(p.num_sequences),
+          divisor(group_of(p)), uint32(all_heads(p, num_heads))};
 }
 
 // So many heads at a time, in the end with those that are left over.
 UnitOrder in_sections(const Problem& p, int64 num_heads, int64 blocks, int64 section) {
-  const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
+  const int64 heads = all_heads(p, num_heads);
   section = clamp_to<int64>(section, 1, max_of<int64>(heads, 1));
-  return order_of(p, num_heads, blocks, section, heads < section ? heads : section + heads % section, blocks);
+  return order_of(p, num_heads, blocks, section, min_of(section + heads % section, heads), 0);
 }
 
 // For units that become shorter with each block of a head. Sections are of so many groups of `group` heads, which
@@ -259,15 +261,15 @@ UnitOrder in_sections(const Problem& p, int64 num_heads, int64 blocks, int64 sec
 // have, in the mean, four units for each that runs at once; more would not stay in the L2 cache.
 UnitOrder with_short_ones_last(const Problem& p, int64 num_heads, int64 blocks, int64 mean_blocks, int64 group,
                                int64 groups, int64 units_at_once) {
-  const int64 heads = num_heads * p.num_sequences * num_batch_entries(p);
+  const int64 heads = all_heads(p, num_heads);
   groups = clamp_to<int64>(groups, 1, 64);
   while (heads % (groups * group) != 0) --groups;
   const int64 section = groups * group, late = ceil_div(4 * units_at_once, max_of<int64>(mean_blocks, 1));
-  return order_of(p, num_heads, blocks, section, min_of(ceil_div(late, section) * section, heads), blocks / 2);
+  return order_of(p, num_heads, blocks, section, min_of(ceil_div(late, section) * section, heads), blocks - blocks / 2);
 }
 
 // Of a sequence, packed or not, with so many rows in all.
-int64 mean_blocks(const Problem& p, int64 rows, bool packed, int64 block_rows) {
+int64 mean_blocks_of(const Problem& p, int64 rows, bool packed, int64 block_rows) {
   return ceil_div(packed ? ceil_div(rows, max_of<int64>(p.num_sequences, 1)) : rows, block_rows);
 }
 
@@ -283,12 +285,12 @@ int64 times_in_cache(int64 rows, int64 row_bytes) {
 // Otherwise small sections do so too, while several heads at a time suit short units (512 causal, head dim 64 and 128,
 // sections of one group 317 and 217, of 10 MB 289 and 214, of 32 MB 290 and 250).
 UnitOrder unit_order(const FwdProblem& p, const KernelConfig& c, int64 units_at_once) {
-  const int64 blocks = ceil_div(p.max_seqlen_q, c.block_q), group = max_of<int64>(group_of(p), 1);
+  const int64 blocks = ceil_div(p.max_seqlen_q, c.block_q), group = group_of(p);
   if (!is_uneven(p)) return in_sections(p, p.num_heads, blocks, group);
   // K and V in 16 bits, which the query heads of a group share.
   const int64 groups = times_in_cache(p.max_seqlen_kv, 2 * (p.head_dim + p.head_dim_v));
-  return with_short_ones_last(p, p.num_heads, blocks, mean_blocks(p, p.seqlen_q, p.cu_seqlens_q.data, c.block_q), group,
-                              groups, units_at_once);
+  return with_short_ones_last(p, p.num_heads, blocks, mean_blocks_of(p, p.seqlen_q, p.cu_seqlens_q.data, c.block_q),
+                              group, groups, units_at_once);
 }
 
 // If deterministic, short units come first, and turns are passed on fast only while dq_accum is in the L2 cache
@@ -301,8 +303,9 @@ UnitOrder unit_order(const BwdProblem& p, const KernelConfig& c, int64 units_at_
   if (group_of(p) > 1) return in_sections(p, p.num_heads_kv, blocks, units_at_once / max_of<int64>(blocks, 1));
   // q and dO in 16 bits, and dq_accum in 32.
   const int64 groups = times_in_cache(p.max_seqlen_q, 2 * (3 * p.head_dim + p.head_dim_v));
-  return with_short_ones_last(p, p.num_heads_kv, blocks, mean_blocks(p, p.seqlen_kv, p.cu_seqlens_kv.data, c.block_kv),
-                              1, groups, units_at_once);
+  return with_short_ones_last(p, p.num_heads_kv, blocks,
+                              mean_blocks_of(p, p.seqlen_kv, p.cu_seqlens_kv.data, c.block_kv), 1, groups,
+                              units_at_once);
 }
 
 void override_config(Fields fields) {
