@@ -684,7 +684,7 @@ def kernels(gpu, tmp_path_factory) -> ctypes.CDLL:
     source += """
 #include "kernels/tile/warpgroup_gemm.cuh"
 TensorMap map_of(const float* source) {
-  emulator::TensorBoxes boxes = {(const char*)source, {64, 64, 1, 1}, {128, 8192, 8192}, {64, 64, 1, 1}, 128};
+  emulator::TensorBoxes boxes = {(const char*)source, {64, 64, 1, 1}, {128, 8192, 8192}, 2, {64, 64, 1, 1}, 128};
   TensorMap map;
   memcpy(&map, &boxes, sizeof boxes);
   return map;

@@ -17,8 +17,8 @@ inline constexpr int64 kMaxHeadDim = 256;
 inline constexpr int32 kBiasBlock = 64;
 
 // Queries whose numbers make a block of BwdProblem::statistics: the most that a thread block of the backward takes at a
-// time.
-inline constexpr int32 kStatisticsBlock = 128;
+// time. It has those of kStatisticsRows queries after those of as many: lse in units of log2, then delta.
+inline constexpr int32 kStatisticsBlock = 128, kStatisticsRows = 64;
 
 // A strided operand. Strides are in elements; the stride of an axis that is broadcast is 0.
 struct View {
@@ -116,6 +116,7 @@ struct HopperFwdProblem : FwdProblem {
 // Likewise Hopper's backward kernel.
 struct HopperBwdProblem : BwdProblem {
   TensorMap q_map, k_map, v_map, d_o_map;
+  TensorMap statistics_map;  // of rows with the numbers of kStatisticsRows queries
   TensorMap bias_map;
   UnitOrder order;
 };
@@ -129,6 +130,11 @@ struct HopperDbiasProblem : DbiasProblem {
 // Every driver takes so many bytes of parameters.
 static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096 &&
               sizeof(HopperDbiasProblem) <= 4096);
+
+// Of each head: every sequence starts a block of its own.
+static inline int64 num_statistics_blocks(const Problem& p) {
+  return p.seqlen_q / kStatisticsBlock + p.num_sequences;
+}
 
 static inline int64 num_batch_entries(const Problem& p) {
   int64 n = 1;

@@ -6,9 +6,10 @@
 
 namespace flash::cuda {
 
-// Of a 16-bit operand with one batch axis, of so many rows and columns (the head dim; keys, of a bias). It is copied in
-// boxes of box_rows rows of one head, one panel of a tile wide and swizzled like it. Batch and heads may be broadcast.
-TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, int64 cols, int32 panel_cols,
+// Of an operand with one batch axis, of so many rows and columns (the head dim; keys, of a bias). It is copied in boxes
+// of box_rows rows of one head. Of 16 bits, these are one panel of a tile wide and swizzled like it; float32 is copied
+// as it lies. Batch and heads may be broadcast.
+TensorMap tensor_map_of(const View& view, int64 batch, int64 rows, int64 heads, int64 cols, int32 box_cols,
                         int32 box_rows);
 
 // All maps of what one of Hopper's kernels takes: those of q, k, v and, if it has one, dO; of the bias if it is tiled.
@@ -22,6 +23,13 @@ void encode_tensor_maps(HopperProblem& p, const KernelConfig& c) {
   p.v_map = tensor_map_of(p.v, batch, p.seqlen_kv, p.num_heads_kv, p.head_dim_v, panel_v, c.block_kv);
   if constexpr (requires { p.d_o_map; })
     p.d_o_map = tensor_map_of(p.d_o, batch, p.seqlen_q, p.num_heads, p.head_dim_v, panel_v, box_q);
+  if constexpr (requires { p.statistics_map; }) {
+    constexpr int32 kFloats = 2 * kStatisticsRows;
+    View rows = p.statistics;
+    rows.row_stride = kFloats;
+    p.statistics_map = tensor_map_of(rows, batch, num_statistics_blocks(p) * (kStatisticsBlock / kStatisticsRows),
+                                     p.num_heads, kFloats, kFloats, c.block_q / kStatisticsRows);
+  }
   if (c.bias_tiled)
     p.bias_map = tensor_map_of(p.bias, batch, p.seqlen_q, p.num_heads, p.seqlen_kv, panel_cols(c.block_kv), c.block_q);
 }

@@ -310,10 +310,9 @@ xf::ErrorOr<BwdProblem> decode_bwd(const Attrs& attrs, xf::RemainingArgs args, x
     const int64 accum_blocks = p.seqlen_q / 16 + p.num_sequences, accum_floats = 16 * round_up(p.head_dim, 8);
     p.dq_accum =
         d.result(4, "dq_accum", {head, {&View::row_stride, accum_blocks}, {&View::col_stride, accum_floats}}, kF32);
-    const int64 statistics_blocks = p.seqlen_q / kStatisticsBlock + p.num_sequences;
     p.statistics = d.result(
         5, "statistics",
-        {head, {&View::row_stride, statistics_blocks}, {&View::col_stride, int64{2} * kStatisticsBlock}}, kF32);
+        {head, {&View::row_stride, num_statistics_blocks(p)}, {&View::col_stride, int64{2} * kStatisticsBlock}}, kF32);
     p.next_unit = d.result(6, "next_unit", {}, kS32);
     if (attrs.deterministic) p.tickets = d.result(7, "tickets", {head, row}, kS32);
   }

@@ -112,7 +112,7 @@ void mbarrier_wait(uint32 barrier, uint32 parity) {
 }
 
 static uint32 swizzled(uint32 address, uint32 span) {
-  return address ^ (address >> 7 & (span / 16 - 1)) << 4;
+  return span ? address ^ (address >> 7 & (span / 16 - 1)) << 4 : address;
 }
 
 // From now on until it has arrived, what is copied is poison.
@@ -144,36 +144,27 @@ static void end_copy(uint32 bytes, uint32 barrier, emulator::ThreadBlock& block 
 void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 c0, int32 c1, int32 c2, int32 c3) {
   const emulator::TensorBoxes boxes = reinterpret_cast<const emulator::TensorBoxes&>(map);
   const int32 start[4] = {c0, c1, c2, c3};
-  const uint32 row_bytes = 2 * boxes.box[0], bytes = row_bytes * boxes.box[1];
+  const uint32 element = boxes.element, row_bytes = element * boxes.box[0], bytes = row_bytes * boxes.box[1];
   if (shared % 128) emulator::fail("the copy engine writes to byte %u, which is not aligned", shared);
-  if (boxes.box[2] != 1 || boxes.box[3] != 1 || row_bytes != boxes.swizzle) emulator::fail("an unexpected tensor map");
+  if (boxes.box[2] != 1 || boxes.box[3] != 1 || (boxes.swizzle && row_bytes != boxes.swizzle))
+    emulator::fail("an unexpected tensor map");
   begin_copy(shared, bytes);
   start_transfer([=] {  // by value: the kernel may end before it
     for (uint32 r = 0; r < boxes.box[1]; ++r)
       for (uint32 c = 0; c < boxes.box[0]; ++c) {
         const int64 at[4] = {start[0] + c, start[1] + r, start[2], start[3]};
-        int64 offset = 2 * at[0];
+        int64 offset = element * at[0];
         bool inside = true;
         for (int32 d = 0; d < 4; ++d) {
           inside = inside && at[d] >= 0 && uint64(at[d]) < boxes.dims[d];
           if (d > 0) offset += at[d] * int64(boxes.strides[d - 1]);
         }
-        const uint32 target = emulator::offset_of(swizzled(shared + r * row_bytes + 2 * c, boxes.swizzle));
-        uint16 x = 0;
-        if (inside) memcpy(&x, boxes.data + offset, 2);
-        memcpy(emulator::here->shared + target, &x, 2);
+        const uint32 target = emulator::offset_of(swizzled(shared + r * row_bytes + element * c, boxes.swizzle));
+        uint32 x = 0;
+        if (inside) memcpy(&x, boxes.data + offset, element);
+        memcpy(emulator::here->shared + target, &x, element);
         emulator::here->in_flight[target / 4] = false;
       }
-    end_copy(bytes, barrier);
-  });
-}
-
-void bulk_load(uint32 shared, const void* global, uint32 bytes, uint32 barrier) {
-  if (shared % 16 || reinterpret_cast<uint64>(global) % 16 || bytes % 16)
-    emulator::fail("a bulk copy of %u bytes from %p to byte %u is not aligned", bytes, global, shared);
-  begin_copy(shared, bytes);
-  start_transfer([=] {
-    write_copy(shared, global, bytes);
     end_copy(bytes, barrier);
   });
 }

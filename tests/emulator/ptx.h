@@ -162,7 +162,6 @@ void mbarrier_wait(uint32 barrier, uint32 parity);
 // tma.cuh: the driver's stand-in (runtime.cc) has written a TensorBoxes into the map.
 
 void tma_load(uint32 shared, const TensorMap& map, uint32 barrier, int32 c0, int32 c1, int32 c2, int32 c3);
-void bulk_load(uint32 shared, const void* global, uint32 bytes, uint32 barrier);
 
 inline void prefetch_tensor_map(const TensorMap&) {}
 

@@ -102,7 +102,7 @@ const DriverApi& driver() {
       *function = reinterpret_cast<Function>(kernel);
       return 0;
     };
-    api.cuTensorMapEncodeTiled = [](DriverTensorMap map, int, unsigned rank, void* data, const uint64* dims,
+    api.cuTensorMapEncodeTiled = [](DriverTensorMap map, int type, unsigned rank, void* data, const uint64* dims,
                                     const uint64* strides, const unsigned* box, const unsigned* element_strides,
                                     int interleave, int swizzle, int, int fill) {
       emulator::TensorBoxes boxes = {static_cast<const char*>(data)};
@@ -116,8 +116,10 @@ const DriverApi& driver() {
         boxes.strides[i] = strides[i];
         legal = legal && 16 <= strides[i] && strides[i] % 16 == 0 && strides[i] < uint64{1} << 40;
       }
-      boxes.swizzle = swizzle == kTensorMapSwizzle128 ? 128 : 64;
-      legal = legal && 2 * box[0] <= boxes.swizzle;
+      boxes.element = type == kTensorMapF32 ? 4 : 2;
+      boxes.swizzle = swizzle == kTensorMapSwizzle128 ? 128 : swizzle == kTensorMapSwizzle64 ? 64 : 0;
+      const unsigned row_bytes = boxes.element * box[0];
+      legal = legal && (boxes.swizzle ? row_bytes <= boxes.swizzle : row_bytes % 16 == 0);
       std::memcpy(map, &boxes, sizeof boxes);
       return legal ? 0 : 1;
     };

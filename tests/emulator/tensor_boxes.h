@@ -3,12 +3,12 @@
 
 namespace emulator {
 
-// A tensor of 16-bit elements, innermost axis first, and the boxes in which it is copied. Strides, from the second axis
-// on, and the swizzle's span are in bytes.
+// A tensor, innermost axis first, and the boxes in which it is copied. Elements, strides, from the second axis on, and
+// the swizzle's span, 0 if there is none, are in bytes.
 struct TensorBoxes {
   const char* data;
   unsigned long long dims[4], strides[3];
-  unsigned box[4], swizzle;
+  unsigned element, box[4], swizzle;
 };
 
 }  // namespace emulator

@@ -16,13 +16,6 @@ __forceinline__ void tma_load(uint32 shared, const TensorMap& map, uint32 barrie
       : "memory");
 }
 
-// Likewise of memory as it lies there: addresses and `bytes` are multiples of 16.
-__forceinline__ void bulk_load(uint32 shared, const void* global, uint32 bytes, uint32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-               "l"(global), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

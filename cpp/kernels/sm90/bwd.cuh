@@ -272,9 +272,10 @@ struct Bwd {
           ptx::mbarrier_arrive_expect_tx(rows.full(), (Storage::kHasQ ? Storage::Q::kBytes + Storage::kBiasBytes : 0) +
                                                           (Storage::kHasDo ? Storage::O::kBytes : 0) +
                                                           Storage::kStatisticsBytes);
-          ptx::bulk_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes,
-                         statistics_of<kBatchAxes>(p, seq, step.head, step.n * kC.block_q), Storage::kStatisticsBytes,
-                         rows.full());
+          // Not by a plain copy, of which racecheck does not see that others wait for it and that it waits for them.
+          ptx::tma_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes, p.statistics_map,
+                        rows.full(), 0, statistics_row(seq, step.n * kC.block_q), step.head,
+                        p.statistics.batch_stride[0] ? int32(seq.batch) : 0);
           if constexpr (Storage::kHasQ)
             load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
                                                           p.q_map, p.q, row, step.head);

@@ -133,16 +133,16 @@ __forceinline__ float lse_in_log2(float lse) {
   return lse == -kInfinity ? kNoKey : lse * kLog2e;
 }
 
-// lse and delta as the backward reads them: for blocks of 64 queries their values of lse, in units of log2, and then of
-// delta. Every sequence starts kStatisticsBlock rows of its own and fills up the last, so that whoever takes as many
-// queries at a time finds them side by side, and never anyone else's.
-inline constexpr int32 kStatisticsRows = 64;
-
-// Of the block that has `row` of the sequence.
+// lse and delta as the backward reads them. Every sequence starts kStatisticsBlock rows of its own and fills up the
+// last, so that whoever takes as many queries at a time finds them side by side, and never anyone else's. The number,
+// among kStatisticsRows queries each, of those with `row` of the sequence:
+__forceinline__ int32 statistics_row(const Sequence& s, int32 row) {
+  return (s.q.begin / kStatisticsBlock + s.index) * (kStatisticsBlock / kStatisticsRows) + row / kStatisticsRows;
+}
 template <int32 kBatchAxes>
 __forceinline__ float* statistics_of(const BwdProblem& p, const Sequence& s, int64 head, int32 row) {
-  return address_of<float, kBatchAxes>(p, p.statistics, s.batch, head, s.q.begin / kStatisticsBlock + s.index) +
-         row / kStatisticsRows * 2 * kStatisticsRows;
+  return address_of<float, kBatchAxes>(p, p.statistics, s.batch, head, 0) +
+         int64(statistics_row(s, row)) * (2 * kStatisticsRows);
 }
 // Offset in bytes of a row's lse in several of them; that of its delta lies kDeltaBehindLse further on.
 inline constexpr int32 kDeltaBehindLse = 4 * kStatisticsRows;
