@@ -17,7 +17,7 @@ inline constexpr int64 kMaxHeadDim = 256;
 inline constexpr int32 kBiasBlock = 64;
 
 // Queries whose numbers make a block of BwdProblem::statistics: the most that a thread block of the backward takes at a
-// time. It has those of kStatisticsRows queries after those of as many: lse in units of log2, then delta.
+// time. In it, for each kStatisticsRows queries in turn, their lse in units of log2 and then their delta.
 inline constexpr int32 kStatisticsBlock = 128, kStatisticsRows = 64;
 
 // A strided operand. Strides are in elements; the stride of an axis that is broadcast is 0.
@@ -131,7 +131,7 @@ struct HopperDbiasProblem : DbiasProblem {
 static_assert(sizeof(HopperFwdProblem) <= 4096 && sizeof(HopperBwdProblem) <= 4096 &&
               sizeof(HopperDbiasProblem) <= 4096);
 
-// Of each head: every sequence starts a block of its own.
+// Blocks of statistics of each head: every sequence starts a new one.
 static inline int64 num_statistics_blocks(const Problem& p) {
   return p.seqlen_q / kStatisticsBlock + p.num_sequences;
 }

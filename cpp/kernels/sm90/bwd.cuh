@@ -272,7 +272,7 @@ struct Bwd {
           ptx::mbarrier_arrive_expect_tx(rows.full(), (Storage::kHasQ ? Storage::Q::kBytes + Storage::kBiasBytes : 0) +
                                                           (Storage::kHasDo ? Storage::O::kBytes : 0) +
                                                           Storage::kStatisticsBytes);
-          // Not by a plain copy, of which racecheck does not see that others wait for it and that it waits for them.
+          // Through a map, though it lies side by side: racecheck does not follow the barriers of plain copies.
           ptx::tma_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes, p.statistics_map,
                         rows.full(), 0, statistics_row(seq, step.n * kC.block_q), step.head,
                         p.statistics.batch_stride[0] ? int32(seq.batch) : 0);

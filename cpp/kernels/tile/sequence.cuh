@@ -134,8 +134,9 @@ __forceinline__ float lse_in_log2(float lse) {
 }
 
 // lse and delta as the backward reads them. Every sequence starts kStatisticsBlock rows of its own and fills up the
-// last, so that whoever takes as many queries at a time finds them side by side, and never anyone else's. The number,
-// among kStatisticsRows queries each, of those with `row` of the sequence:
+// last, so that whoever takes as many queries at a time finds them side by side, and never anyone else's.
+//
+// Which row of statistics_map, of kStatisticsRows queries each, has `row` of the sequence.
 __forceinline__ int32 statistics_row(const Sequence& s, int32 row) {
   return (s.q.begin / kStatisticsBlock + s.index) * (kStatisticsBlock / kStatisticsRows) + row / kStatisticsRows;
 }
