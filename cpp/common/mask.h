@@ -11,14 +11,20 @@ namespace flash {
 struct MaskRule {
   int32 seqlen_q;
   int32 seqlen_kv;
-  int32 window_left;   // -1: unbounded
-  int32 window_right;  // -1: unbounded; causal is 0
+  int32 window_left;   // kUnbounded or less
+  int32 window_right;  // likewise; causal is 0
   int32 offset;        // seqlen_kv - seqlen_q when aligned bottom-right, 0 when top-left
 };
 
+// As far as any two positions can lie apart.
+inline constexpr int32 kUnbounded = 0x7FFFFFFF;
+
+// Windows below 0 are unbounded.
 static constexpr MaskRule make_mask_rule(int64 seqlen_q, int64 seqlen_kv, int32 window_left, int32 window_right,
                                          bool bottom_right) {
-  return {int32(seqlen_q), int32(seqlen_kv), window_left, window_right, bottom_right ? int32(seqlen_kv - seqlen_q) : 0};
+  auto bounded = [](int32 window) { return window < 0 ? kUnbounded : window; };
+  return {int32(seqlen_q), int32(seqlen_kv), bounded(window_left), bounded(window_right),
+          bottom_right ? int32(seqlen_kv - seqlen_q) : 0};
 }
 
 // Half-open range of positions: keys that a row sees, or rows that see a key.
@@ -27,14 +33,17 @@ struct Range {
   int32 end;
 };
 
+// Those of `size` positions that lie at most `before` in front of `middle` and at most `behind` behind it. No sum
+// passes 2^31.
+static constexpr Range positions_around(int32 middle, int32 before, int32 behind, int32 size) {
+  return {min_of(max_of(middle, before) - before, size), max_of(min_of(middle, size - 1 - behind) + behind + 1, 0)};
+}
+
 // Keys that row `row` sees; behind the last one all rows see what it sees. Both ends never decrease from one row to the
 // next: the block questions rest on that.
-// int64 inside: row + offset + window may pass 2^31.
 static constexpr Range visible_keys(const MaskRule& rule, int32 row) {
-  const int64 diagonal = int64(min_of(row, rule.seqlen_q - 1)) + rule.offset;
-  const int64 begin = rule.window_left < 0 ? 0 : diagonal - rule.window_left;
-  const int64 end = rule.window_right < 0 ? rule.seqlen_kv : diagonal + rule.window_right + 1;
-  return {int32(clamp_to<int64>(begin, 0, rule.seqlen_kv)), int32(clamp_to<int64>(end, 0, rule.seqlen_kv))};
+  return positions_around(min_of(row, rule.seqlen_q - 1) + rule.offset, rule.window_left, rule.window_right,
+                          rule.seqlen_kv);
 }
 
 // Keys that at least one row of [row_begin, row_end) sees. The range may be empty (begin >= end).
@@ -44,11 +53,8 @@ static constexpr Range visible_keys(const MaskRule& rule, int32 row_begin, int32
 
 // The same seen from a key: rows that see it. Both ends never decrease from one key to the next.
 static constexpr Range visible_rows(const MaskRule& rule, int32 key) {
-  const int64 diagonal = int64(key) - rule.offset;
-  const int64 begin = rule.window_right < 0 ? 0 : diagonal - rule.window_right;
-  const int64 end = rule.window_left < 0 ? rule.seqlen_q : diagonal + rule.window_left + 1;
   if (key >= rule.seqlen_kv) return {rule.seqlen_q, rule.seqlen_q};
-  return {int32(clamp_to<int64>(begin, 0, rule.seqlen_q)), int32(clamp_to<int64>(end, 0, rule.seqlen_q))};
+  return positions_around(key - rule.offset, rule.window_right, rule.window_left, rule.seqlen_q);
 }
 
 enum class BlockKind : int32 { kNone, kPartial, kFull };
@@ -85,15 +91,17 @@ static constexpr BlockRange row_blocks(const MaskRule& rule, int32 key, int32 ke
   return {first, end, int32(ceil_div(all.begin, block_q)), all.end / block_q};
 }
 
-static_assert(visible_keys(MaskRule{4, 6, -1, 0, 2}, 0).end == 3, "bottom-right causal: row 0 sees keys 0..2");
-static_assert(visible_keys(MaskRule{4, 6, -1, 0, 0}, 0).end == 1, "top-left causal: row 0 sees key 0");
-static_assert(visible_keys(MaskRule{6, 4, -1, 0, -2}, 1).end == 0, "more queries than keys: the first rows see none");
-static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 3).begin == 1 &&
+static_assert(visible_keys(MaskRule{4, 6, kUnbounded, 0, 2}, 0).end == 3, "bottom-right causal: row 0 sees keys 0..2");
+static_assert(visible_keys(MaskRule{4, 6, kUnbounded, 0, 0}, 0).end == 1, "top-left causal: row 0 sees key 0");
+static_assert(visible_keys(MaskRule{6, 4, kUnbounded, 0, -2}, 1).end == 0,
+              "more queries than keys: the first rows see none");
+static_assert(visible_rows(MaskRule{4, 6, kUnbounded, 0, 2}, 3).begin == 1 &&
               visible_rows(MaskRule{4, 6, 2, 0, 2}, 3).end == 4);
-static_assert(visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).begin == visible_rows(MaskRule{4, 6, -1, 0, 2}, 6).end);
-static_assert(key_blocks(MaskRule{256, 256, -1, 0, 0}, 128, 192, 64).full_end == 2 &&
-              key_blocks(MaskRule{256, 256, -1, 0, 0}, 128, 192, 64).end == 3);
-static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 64, 128, 0, 64) == BlockKind::kFull);
-static_assert(classify_block(MaskRule{128, 128, -1, 0, 0}, 0, 64, 64, 128) == BlockKind::kNone);
+static_assert(visible_rows(MaskRule{4, 6, kUnbounded, 0, 2}, 6).begin ==
+              visible_rows(MaskRule{4, 6, kUnbounded, 0, 2}, 6).end);
+static_assert(key_blocks(MaskRule{256, 256, kUnbounded, 0, 0}, 128, 192, 64).full_end == 2 &&
+              key_blocks(MaskRule{256, 256, kUnbounded, 0, 0}, 128, 192, 64).end == 3);
+static_assert(classify_block(MaskRule{128, 128, kUnbounded, 0, 0}, 64, 128, 0, 64) == BlockKind::kFull);
+static_assert(classify_block(MaskRule{128, 128, kUnbounded, 0, 0}, 0, 64, 64, 128) == BlockKind::kNone);
 
 }  // namespace flash

@@ -119,10 +119,10 @@ Kernels load_cubin(const KernelConfig& config, int32 device, const std::string& 
   } unload{api, library};
   Kernels kernels = {};
   int32 i = 0;
-  for (const std::string& name : entry_points(config.direction)) {
+  for (const std::string& name : entry_points(config)) {
     Kernel kernel = nullptr;
     check_driver(api.cuLibraryGetKernel(&kernel, library, name.c_str()), "cuLibraryGetKernel");
-    if (i == main_entry(config.direction))
+    if (i == main_entry(config))
       check_driver(api.cuKernelSetAttribute(kMaxDynamicSharedSizeBytes, int(shared_bytes(config)), kernel, device),
                    "cuKernelSetAttribute");
     // Not the kernel itself, though that can be launched too: this loads the code now, not at the first launch, which
@@ -205,13 +205,14 @@ std::string source_of(const KernelConfig& config) {
     text += std::string("    .") + name + " = " + literal(value) + ",\n";
   });
   text += "};\n";
-  const std::vector<std::string> names = entry_points(config.direction);
+  const std::vector<std::string> names = entry_points(config);
   std::string problem = direction + "Problem";
   problem[0] = char(std::toupper(problem[0]));
   const std::string main =
-      entry_point(names[main_entry(config.direction)], "flash::num_threads(kConfig), kConfig.min_blocks",
+      entry_point(names[main_entry(config)], "flash::num_threads(kConfig), kConfig.min_blocks",
                   (hopper ? "Hopper" : "") + problem, family + "::" + direction, cluster_size(config));
-  if (!backward) return text + main;
+  if (names.size() == 1) return text + main;
+  if (!backward) return text + entry_point(names[0], "32", "FwdProblem", "sm90::fwd_prepare") + main;
   return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") + main +
          entry_point(names[2], "flash::kRowKernelThreads", "BwdProblem", "bwd_postprocess");
 }
@@ -222,9 +223,11 @@ const std::vector<std::string>& compile_options() {
   return options;
 }
 
-std::vector<std::string> entry_points(Direction direction) {
-  if (direction == Direction::kBwd) return {"jax_flash_bwd_preprocess", "jax_flash_bwd", "jax_flash_bwd_postprocess"};
-  return {"jax_flash_" + name_of(direction)};
+std::vector<std::string> entry_points(const KernelConfig& config) {
+  const std::string main = "jax_flash_" + name_of(config.direction);
+  if (config.direction == Direction::kBwd) return {main + "_preprocess", main, main + "_postprocess"};
+  if (main_entry(config) == 1) return {main + "_prepare", main};
+  return {main};
 }
 
 void compile(const KernelConfig& config, const Arch& arch) {

@@ -24,10 +24,10 @@ const std::vector<std::string>& compile_options();
 
 // Names of its entry points, in the order in which they are launched. Only the main one of them takes dynamic shared
 // memory, shared_bytes(config).
-std::vector<std::string> entry_points(Direction direction);
+std::vector<std::string> entry_points(const KernelConfig& config);
 inline constexpr int32 kMaxEntries = 3;
-constexpr int32 main_entry(Direction direction) {
-  return direction == Direction::kBwd ? 1 : 0;
+constexpr int32 main_entry(const KernelConfig& c) {
+  return c.direction == Direction::kBwd || (c.direction == Direction::kFwd && c.family == Family::kSm90) ? 1 : 0;
 }
 
 // The entry points of one config, loaded on one device.

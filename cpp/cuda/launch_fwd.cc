@@ -14,8 +14,10 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
   check_count(units);
   const int64 at_once = multiprocessors_of(device), blocks = min_of(units, at_once);
   h.order = unit_order(p, c, at_once);
-  if (units > blocks) set_zero(p.next_unit.data, 4, stream);
-  launch(load(c, device).entry[0], blocks, num_threads(c), shared_bytes(c), stream, &h);
+  const Kernels& kernels = load(c, device);
+  const bool counts = units > blocks;
+  if (counts) launch(kernels.entry[0], 1, 32, 0, stream, &p);
+  launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &h, counts && can_start_early(device));
 }
 
 }  // namespace

@@ -42,10 +42,13 @@ std::string harness_of(const std::string& source) {
   std::string text = "\nnamespace flash::" + family +
                      " {\nalignas(1024) char shared[flash::cluster_size(kConfig) * emulator::kSharedCapacity];\n}\n";
   for (const Direction direction : {Direction::kFwd, Direction::kBwd, Direction::kDbias}) {
-    const std::vector<std::string> names = entry_points(direction);
+    KernelConfig config = {};
+    config.direction = direction;
+    config.family = family == "sm90" ? Family::kSm90 : Family::kSm80;
+    const std::vector<std::string> names = entry_points(config);
     for (const std::string& name : names) {
       if (source.find(name + "(const") == source.npos) continue;
-      const std::string cluster = name == names[main_entry(direction)] ? "flash::cluster_size(kConfig)" : "1";
+      const std::string cluster = name == names[main_entry(config)] ? "flash::cluster_size(kConfig)" : "1";
       text += "extern \"C\" const char* emulated_" + name +
               "(unsigned blocks, unsigned threads, unsigned bytes, const void* problem) {\n  return emulator::launch(" +
               name + ", blocks, threads, bytes, flash::" + family + "::shared, emulator::kSharedCapacity, problem, " +

@@ -12,6 +12,7 @@
 #include "common/problem.h"
 #include "kernels/ptx/atomic.cuh"
 #include "kernels/ptx/compiler.cuh"
+#include "kernels/ptx/grid.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/warpgroup.cuh"
 #include "kernels/tile/pipeline.cuh"
@@ -24,11 +25,16 @@
 
 namespace flash::sm90 {
 
-// What warps tell each other of a unit of work: a block of queries of a head. Without queries: there are no more.
-struct Unit {
+// What warps tell each other of a unit of work: a block of queries of a head. Without queries: there are no more. All
+// that follows from it is found out once, as those who compute would do nothing else meanwhile.
+struct alignas(16) Unit {
   Sequence seq;
   int32 head;
   int32 q_row, q_end;
+  BlockRange keys;
+  uint16* o;  // this and the others at q_row
+  float* lse;
+  const float* sinks;
 };
 
 template <KernelConfig kC>
@@ -96,6 +102,7 @@ struct Fwd {
       if constexpr (kC.bias_tiled) Storage::KvRing::init(base + Storage::kBiasBarriers, kC.num_warps);
       ptx::fence_mbarrier_init();
     }
+    ptx::wait_for_last_grid();
     __syncthreads();
     if (threadIdx.x < 128) {
       ptx::setmaxnreg_dec<kCopyingRegisters>();
@@ -135,8 +142,14 @@ struct Fwd {
             // Blocks end with the sequence, in multiples of a warpgroup's rows: the one that is not full has the least
             // keys if causal.
             const int32 end = row + kC.block_q - (kC.block_q - 1 - (seq.q.size - 1) % kC.block_q) / 64 * 64;
+            const int32 first = max_of(end - kC.block_q, 0);
+            const int64 o_row = seq.q.begin + first;
             if (first_lane) ends.wait_empty();  // also if a visit has more than one
-            tell({seq, head, max_of(end - kC.block_q, 0), end});
+            tell({seq, head, first, end,
+                  KeyBlocks<kC>::range_of(mask_rule_of(p, seq), first, min_of(end, seq.q.used) - first),
+                  address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row),
+                  address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row),
+                  address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, first)});
             ends.advance();
           },
           [&](int64 batch, int32 first_row, Range packed) {
@@ -160,9 +173,14 @@ struct Fwd {
     for (typename Storage::UnitRing ring(base + Storage::kUnitBarriers);;) {
       ring.wait_full();
       Unit unit;
-      const auto* words = reinterpret_cast<const int32*>(shared + Storage::kUnits + ring.stage() * sizeof(Unit));
+      const auto* words = reinterpret_cast<const uint4*>(shared + Storage::kUnits + ring.stage() * sizeof(Unit));
 #pragma unroll
-      for (int32 i = 0; i < int32(sizeof(Unit) / 4); ++i) reinterpret_cast<int32*>(&unit)[i] = uniform(words[i]);
+      for (int32 i = 0; i < int32(sizeof(Unit) / 16); ++i) {
+        const uint4 x = words[i];
+        const uint32 four[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int32 j = 0; j < 4; ++j) reinterpret_cast<int32*>(&unit)[4 * i + j] = uniform(int32(four[j]));
+      }
       ring.release();  // each lane for itself, which racecheck understands
       ring.advance();
       on_unit(unit);
@@ -172,7 +190,7 @@ struct Fwd {
 
   // The blocks of keys that a unit's queries see.
   static __forceinline__ KeyBlocks<kC> keys_of(const ScoreInputs<kC>& in, const Unit& unit) {
-    return {in, unit.seq, unit.q_row, min_of(unit.q_end, unit.seq.q.used) - unit.q_row};
+    return {unit.keys, in, unit.seq, unit.q_row, min_of(unit.q_end, unit.seq.q.used) - unit.q_row};
   }
 
   // Fills the ring's next buffer, of those at `tiles`. Only the warp's first lane touches memory.
@@ -336,22 +354,19 @@ struct Fwd {
     };
 
     auto attend = [&](const Unit& unit) {
-      const auto& [seq, head, q_row, q_end] = unit;
+      const Sequence& seq = unit.seq;
+      const int32 q_row = unit.q_row, q_end = unit.q_end;
       const int32 rows = min_of(q_end, seq.q.used) - q_row;  // that take part
-      const int64 o_row = seq.q.begin + q_row;
-      uint16* o_rows = address_of<uint16, kBatchAxes>(p, p.o, seq.batch, head, o_row);
-      float* lse_rows = address_of<float, kBatchAxes>(p, p.lse, seq.batch, head, o_row);
-      const float* sinks = address_of<const float, kBatchAxes>(p, p.sinks, seq.batch, head, q_row);
-      const ScoreInputs<kC> in(p, seq, head);
+      const ScoreInputs<kC> in(p, seq, unit.head);
       KeyBlocks<kC> keys = keys_of(in, unit);
       int32 n = keys.last();
       const int32 seeing = keys.exists(n) ? rows : 0;             // of those that take part, all or none
       const int32 slot_rows = min_of(q_end, seq.q.size) - q_row;  // that must be written
       if (seeing < slot_rows) {
-        store_zeros<kComputingThreads>(thread, o_rows, p.o.row_stride, seeing, slot_rows, int32(p.head_dim_v));
+        store_zeros<kComputingThreads>(thread, unit.o, p.o.row_stride, seeing, slot_rows, int32(p.head_dim_v));
 #pragma unroll 1
         for (int32 r = seeing + thread; r < slot_rows; r += kComputingThreads)
-          lse_rows[r] = r < rows ? sink_of(p, sinks, r) * kLn2 : -kInfinity;
+          unit.lse[r] = r < rows ? sink_of(p, unit.sinks, r) * kLn2 : -kInfinity;
       }
       const bool is_last = q_end == 0;
       if (seeing == 0 && !is_last) return;
@@ -401,12 +416,11 @@ struct Fwd {
       auto finish_scores = [&]<bool kMasked, bool kFirst>(int32 n, bool last) {
         release(k_ring);
         if (last) release(q_ring, kWarpgroups);
-        if constexpr (kFirst) state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
         if (!kFirst || !kRawScores || !keys.is_full(n)) scores.template operator()<kMasked>(n);
       };
       auto begin_results = [&](int32 n) {
         o.clear();
-        due = {o_rows, lse_rows, sinks, rows};
+        due = {unit.o, unit.lse, unit.sinks, rows};
         hide_rows_behind(p, seq, v_tile(), v_ring, n, warpgroup, thread % 128);
       };
       // Q K^T of block n and P V of the block before it, the last one of the unit before if kFirst.
@@ -419,9 +433,16 @@ struct Fwd {
         wait_gemm<1>(s);
         const SoftmaxState<2> before = state;
         finish_scores.template operator()<kMasked, kFirst>(n, last);
-        const bool grows = raise_maximum(s, state, rescale, factor, [&] {
+        bool grows = false;
+        auto pass_turn_late = [&] {
           if constexpr (kTurnHasMaximum) pass_turn();
-        });
+        };
+        if constexpr (kFirst) {
+          pass_turn_late();
+          first_maximum(s, state);
+        } else {
+          grows = raise_maximum(s, state, rescale, factor, pass_turn_late);
+        }
         // P V reads the last block's weights until it is done: those of this one can be packed only behind it, and best
         // beside the exponentials.
         wait_gemm<0>(o);
@@ -449,11 +470,12 @@ struct Fwd {
         issue_qk.template operator()<kFirst>();
         wait_gemm<0>(s);
         finish_scores.template operator()<kMasked, kFirst>(n, last);
-        const bool grows = raise_maximum(s, state, rescale, factor, [] {});
-        if constexpr (kFirst)
+        if constexpr (kFirst) {
+          first_maximum(s, state);
           begin_results(n);
-        else if (grows)
+        } else if (raise_maximum(s, state, rescale, factor, [] {})) {
           scale_rows(o, rescale);
+        }
         weigh<kGuard, 0, kHalf>(s, state, factor);
         pack<kDType, 0, kHalf>(probs, s);
         v_ring.wait_full();
@@ -509,6 +531,13 @@ struct Fwd {
     ptx::barrier_sync(kWarpgroup + warpgroup, 128);
   }
 };
+
+// Zeros the counter of units. The thread blocks of the kernel come beside it, which they would not beside a memset.
+template <KernelConfig kC>
+__forceinline__ void fwd_prepare(const FwdProblem& p) {
+  ptx::let_next_grid_start();
+  if (threadIdx.x == 0) *static_cast<int32*>(p.next_unit.data) = 0;
+}
 
 template <KernelConfig kC>
 __forceinline__ void fwd(const HopperFwdProblem& p) {

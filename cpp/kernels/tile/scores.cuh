@@ -119,6 +119,17 @@ struct StorageOf<DType::kF32> {
   using Type = float;
 };
 
+// Which of a thread's columns of a row lie in [begin, end), relative to its first one: bit 2 n + e is column 8 n + e.
+template <int32 kN>
+__forceinline__ uint32 columns_between(int32 begin, int32 end) {
+  static_assert(kN <= 128);
+  auto below = [](int32 col) {
+    const int32 count = clamp_to<int32>((col >> 3) * 2 + min_of(col & 7, 2), 0, kN / 4);
+    return uint32((uint64{1} << count) - 1);
+  };
+  return below(end) & ~below(begin);
+}
+
 // Turns raw products into scores, -inf where hidden. The tile starts at (row, col) of the sequence: queries and keys,
 // or keys and queries if kTransposed. kMasked: the positional mask may hide some of it, or it may reach beyond the
 // sequence. `bias` reads the tile of the bias at this place, if kC.bias_tiled. on_cap(m, n, e, y) is told the tanh of
@@ -130,6 +141,10 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
   constexpr int32 kRows = kM / 8;
   constexpr bool kBiasDirect = kC.bias && !kC.bias_tiled, kPaired = kC.paired && !kTransposed;
   constexpr bool kMaskDirect = kC.mask && !kC.mask_wide;
+  // To test a bit is less than to compare with two ends. Of S all bits are tested at last, of S transposed with each
+  // score, and there are none where the compiler would then start all loads of a bias or mask at once, which spills.
+  constexpr bool kShownInBits = kMaskDirect && !kTransposed;
+  constexpr bool kSeenInBits = kMasked && !kBiasDirect && (!kMaskDirect || !kTransposed);
   auto read_mask_bits = [&] {
     if constexpr (kC.mask_wide)
       return MaskBits<kC, kTransposed, kM, kN>(p, in.mask, row, col);
@@ -146,6 +161,7 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
 
   // What is known of a row before its columns.
   [[maybe_unused]] Range seen[kRows];
+  [[maybe_unused]] uint32 seen_bits[kRows], shown_bits[kRows] = {};  // as in columns_between()
   [[maybe_unused]] int32 row_segment[kRows];
   [[maybe_unused]] const Bias* row_bias[kRows];
   [[maybe_unused]] const uint8* row_mask[kRows];
@@ -153,6 +169,7 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
   for (int32 r = 0; r < kRows; ++r) {
     const int32 i = row + 8 * r, safe = min_of(i, last_row);
     if constexpr (kMasked) seen[r] = kTransposed ? visible_rows(in.rule, i) : visible_keys(in.rule, i);
+    if constexpr (kSeenInBits) seen_bits[r] = columns_between<kN>(seen[r].begin - col, seen[r].end - col);
     if constexpr (kC.segments) row_segment[r] = (kTransposed ? in.kv_segments : in.q_segments)[safe];
     if constexpr (kBiasDirect)
       row_bias[r] =
@@ -194,6 +211,8 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
       if constexpr (kMaskDirect) {
         const int64 stride = kTransposed ? p.mask.row_stride : p.mask.col_stride;
         shown = load_two<kPaired>(row_mask[r] + safe * stride, step * stride);
+        // Bytes are 0 or 1, as XLA has them.
+        if constexpr (kShownInBits) shown_bits[r] |= (shown.x[0] | uint32(shown.x[1]) << 1) << 2 * n;
       }
 #pragma unroll
       for (int32 e = 0; e < 2; ++e) {
@@ -212,11 +231,23 @@ __forceinline__ void apply_scores(Accumulator<kM, kN>& s, const Problem& p, cons
         }
         if constexpr (kC.bias) x += added.x[e] * kLog2e;
         bool visible = true;
-        if constexpr (kMasked) visible = seen[r].begin <= c + e && c + e < seen[r].end;
-        if constexpr (kMaskDirect) visible = visible && shown.x[e];
+        if constexpr (kSeenInBits && kTransposed) visible = seen_bits[r] >> (2 * n + e) & 1;
+        if constexpr (kMasked && !kSeenInBits) visible = seen[r].begin <= c + e && c + e < seen[r].end;
+        if constexpr (kMaskDirect && !kShownInBits) visible = visible && shown.x[e];
         if constexpr (kC.mask_wide) visible = visible && mask_bits.shows(r, n, e);
         if constexpr (kC.segments) visible = visible && row_segment[r] == col_segment[e];
         score = visible ? x : -kInfinity;
+      }
+    }
+  }
+  if constexpr (!kTransposed && (kSeenInBits || kShownInBits)) {
+#pragma unroll
+    for (int32 r = 0; r < kRows; ++r) {
+      const uint32 bits = (kSeenInBits ? seen_bits[r] : ~0u) & (kShownInBits ? shown_bits[r] : ~0u);
+#pragma unroll
+      for (int32 c = 0; c < kN / 4; ++c) {
+        float& score = s.x[r / 2][c / 2][r % 2 * 2 + c % 2];
+        score = bits >> c & 1 ? score : -kInfinity;
       }
     }
   }

@@ -71,9 +71,17 @@ class KeyBlocks {
   using Filter = typename FilterOf<kC.segments, kC.block_kv>::Type;
 
  public:
+  // Those that the positional mask shows, at least in part.
+  static __forceinline__ BlockRange range_of(const MaskRule& rule, int32 row, int32 rows) {
+    return rows > 0 ? key_blocks(rule, row, row + rows, kC.block_kv) : BlockRange{};
+  }
+
+  // `range`: range_of(in.rule, row, rows).
+  __forceinline__ KeyBlocks(const BlockRange& range, const ScoreInputs<kC>& in, const Sequence& seq, int32 row,
+                            int32 rows)
+      : range_(range), filter_(in.q_segments, row, row + rows, in.kv_segments, seq.kv.used) {}
   __forceinline__ KeyBlocks(const ScoreInputs<kC>& in, const Sequence& seq, int32 row, int32 rows)
-      : range_(rows > 0 ? key_blocks(in.rule, row, row + rows, kC.block_kv) : BlockRange{}),
-        filter_(in.q_segments, row, row + rows, in.kv_segments, seq.kv.used) {}
+      : KeyBlocks(range_of(in.rule, row, rows), in, seq, row, rows) {}
 
   __forceinline__ int32 last() { return below(range_.end); }
   // The next one below block `n`, or one that does not exist.

@@ -49,9 +49,16 @@ __forceinline__ float row_max(const Accumulator<kM, kN>& s, int32 r) {
   return quad_max(max);
 }
 
-// Takes note of the scores s. Where the maximum has grown by kMaxLag in a row of the warp the result is true, and what
-// was computed before must be multiplied by `rescale`. on_maximum() is called in front of a branch that is taken when
-// it may have grown, which costs less to know.
+// Takes note of the first scores.
+template <int32 kM, int32 kN>
+__forceinline__ void first_maximum(const Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state) {
+#pragma unroll
+  for (int32 r = 0; r < kM / 8; ++r) state.max[r] = row_max(s, r), state.sum[r] = 0.0f;
+}
+
+// Takes note of further scores s. Where the maximum has grown by kMaxLag in a row of the warp the result is true, and
+// what was computed before must be multiplied by `rescale`. on_maximum() is called in front of a branch that is taken
+// when it may have grown, which costs less to know.
 template <int32 kM, int32 kN, class OnMaximum>
 __forceinline__ bool raise_maximum(const Accumulator<kM, kN>& s, SoftmaxState<kM / 8>& state, float (&rescale)[kM / 8],
                                    float factor, OnMaximum on_maximum) {
