@@ -41,7 +41,7 @@ def find_sanitizer() -> str | None:
     """That of the package nvidia-cuda-sanitizer-api, else a CUDA toolkit's.
 
     The racecheck of CUDA 13.0 reports what Hopper's backward reads of a buffer that the copy engine fills again, as it
-    does not see that barriers are in between. That of 13.5 does see it, but for lse and delta beyond head dim 128.
+    does not see that barriers are in between. That of 13.5 does see it.
     """
     spec = importlib.util.find_spec("nvidia")
     for root in (spec and spec.submodule_search_locations) or []:
