@@ -176,6 +176,9 @@ static constexpr int32 q_buffers(const KernelConfig& c) {
   return hopper_fwd_bytes(c, 2) <= kSharedBytes ? 2 : 1;
 }
 
+// Threads of the kernel in front of Hopper's forward.
+inline constexpr int32 kFwdPrepareThreads = 32;
+
 // Dynamic shared memory of the main kernel; the kernels hold their storage to it.
 static constexpr int64 shared_bytes(const KernelConfig& c) {
   const int64 q = int64{2} * c.block_q * c.head_dim, k = int64{2} * c.block_kv * c.head_dim;

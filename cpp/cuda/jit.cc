@@ -212,7 +212,8 @@ std::string source_of(const KernelConfig& config) {
       entry_point(names[main_entry(config)], "flash::num_threads(kConfig), kConfig.min_blocks",
                   (hopper ? "Hopper" : "") + problem, family + "::" + direction, cluster_size(config));
   if (names.size() == 1) return text + main;
-  if (!backward) return text + entry_point(names[0], "32", "FwdProblem", "sm90::fwd_prepare") + main;
+  if (!backward)
+    return text + entry_point(names[0], "flash::kFwdPrepareThreads", "FwdProblem", "sm90::fwd_prepare") + main;
   return text + entry_point(names[0], "flash::kRowKernelThreads", "BwdProblem", "bwd_preprocess") + main +
          entry_point(names[2], "flash::kRowKernelThreads", "BwdProblem", "bwd_postprocess");
 }

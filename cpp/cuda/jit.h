@@ -22,8 +22,8 @@ inline uint64 mixed(uint64 hash, uint64 x) {
 // NVRTC's options for it, besides the architecture.
 const std::vector<std::string>& compile_options();
 
-// Names of its entry points, in the order in which they are launched. Only the main one of them takes dynamic shared
-// memory, shared_bytes(config).
+// Names of its entry points, in the order in which they are launched: the backward and Hopper's forward have one in
+// front of the main one. Only the main one takes dynamic shared memory, shared_bytes(config).
 std::vector<std::string> entry_points(const KernelConfig& config);
 inline constexpr int32 kMaxEntries = 3;
 constexpr int32 main_entry(const KernelConfig& c) {

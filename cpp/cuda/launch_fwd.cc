@@ -16,7 +16,7 @@ void launch_hopper(const FwdProblem& p, const KernelConfig& c, int32 device, Str
   h.order = unit_order(p, c, at_once);
   const Kernels& kernels = load(c, device);
   const bool counts = units > blocks;
-  if (counts) launch(kernels.entry[0], 1, 32, 0, stream, &p);
+  if (counts) launch(kernels.entry[0], 1, kFwdPrepareThreads, 0, stream, &p);
   launch(kernels.entry[1], blocks, num_threads(c), shared_bytes(c), stream, &h, counts && can_start_early(device));
 }
 

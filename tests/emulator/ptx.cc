@@ -128,8 +128,7 @@ static void start_transfer(std::function<void()> run) {
 }
 
 // Of memory as it lies there.
-static void write_copy(uint32 shared, const void* source, uint32 bytes,
-                       emulator::ThreadBlock& block = *emulator::here) {
+static void write_copy(uint32 shared, const void* source, uint32 bytes, emulator::ThreadBlock& block) {
   const uint32 target = emulator::offset_of(shared, block);
   memcpy(block.shared + target, source, bytes);
   for (uint32 i = 0; i < bytes; i += 4) block.in_flight[(target + i) / 4] = false;

@@ -250,9 +250,10 @@ struct Bwd {
     auto copy_block = [&](const Block& block) {
       if (block.is_empty()) return;
       const Sequence& seq = block.seq;
+      auto coordinate = [&](const View& view) { return view.batch_stride[0] ? int32(seq.batch) : 0; };
       auto load = [&]<class T>(int32 tile, uint32 barrier, const TensorMap& map, const View& view, int32 row,
                                int32 head, int32 col = 0) {
-        load_panels<T>(base + tile, barrier, map, row, head, view.batch_stride[0] ? int32(seq.batch) : 0, col);
+        load_panels<T>(base + tile, barrier, map, row, head, coordinate(view), col);
       };
       if (first_lane) {
         const int32 row = seq.kv.begin + block.kv_row;
@@ -274,8 +275,7 @@ struct Bwd {
                                                           Storage::kStatisticsBytes);
           // Through a map, though it lies side by side: racecheck does not follow the barriers of plain copies.
           ptx::tma_load(base + Storage::kStatistics + rows.stage() * Storage::kStatisticsBytes, p.statistics_map,
-                        rows.full(), 0, statistics_row(seq, step.n * kC.block_q), step.head,
-                        p.statistics.batch_stride[0] ? int32(seq.batch) : 0);
+                        rows.full(), 0, statistics_row(seq, step.n * kC.block_q), step.head, coordinate(p.statistics));
           if constexpr (Storage::kHasQ)
             load.template operator()<typename Storage::Q>(Storage::kQ + rows.stage() * Storage::Q::kBytes, rows.full(),
                                                           p.q_map, p.q, row, step.head);
