@@ -563,6 +563,13 @@ def test_order_of_units(runtime, shape):
 
 
 @FAMILIES
+def test_no_sequences(rng, emulated, family):
+    """All rows lie in none, and of the slopes there is not even one."""
+    call, arrays, cotangents = packed(rng, (0,), (0,), 128, 100, alibi_slopes=jnp.ones((0, 4)))
+    compare(emulated, call, arrays, cotangents, family=family)
+
+
+@FAMILIES
 @pytest.mark.parametrize(
     "offsets_q, offsets_kv, longest",
     [

@@ -1,6 +1,7 @@
 #include "cuda/heuristics.h"
 
 #include <atomic>
+#include <limits>
 #include <type_traits>
 
 namespace flash::cuda {
@@ -21,9 +22,9 @@ KernelConfig facts_of_all(const Problem& p, Direction direction) {
   c.head_dim_v = int32(p.head_dim_v);
   c.num_batch_axes = p.num_batch_axes;
   c.aligned = p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0;  // XLA's buffers are; so then are all rows
-  c.positive_scale = p.options.scale > 0.0f;
+  c.positive_scale = p.options.scale >= std::numeric_limits<float>::min();  // a denormal one is 0 to the kernels
   c.softcap = p.options.softcap != 0.0f;
-  c.alibi = p.alibi_slopes.data;
+  c.alibi = p.alibi_slopes.data && p.num_sequences > 0;  // else there are none, which nobody may read
   c.bias = p.bias.data;
   c.bias_dtype = p.bias.dtype;
   // With a row for each query, as the copy engine cannot read one of them many times.

@@ -1,4 +1,4 @@
-// The forward pass on a GPU: one kernel.
+// The forward pass on a GPU: one kernel, and on Hopper mostly a small one in front of it.
 #include "cuda/attention.h"
 #include "cuda/heuristics.h"
 #include "cuda/jit.h"

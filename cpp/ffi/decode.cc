@@ -233,8 +233,9 @@ void decode_common(const Attrs& attrs, Decoder& d, Problem& p) {
   };
   p.max_seqlen_q = bound(attrs.max_seqlen_q, p.seqlen_q);
   p.max_seqlen_kv = p.page_size ? p.seqlen_kv : bound(attrs.max_seqlen_kv, p.seqlen_kv);
-  constexpr int64 kMaxLength = std::numeric_limits<int32>::max();
-  if (p.seqlen_q > kMaxLength || p.seqlen_kv > kMaxLength) d.fail("sequence lengths", "must be below 2^31");
+  // Kernels count rows in 32 bits, also up to the end of the last block, which may lie behind the sequence.
+  constexpr int64 kMaxLength = std::numeric_limits<int32>::max() - 256;
+  if (p.seqlen_q > kMaxLength || p.seqlen_kv > kMaxLength) d.fail("sequence lengths", "must be below 2^31 - 256");
 
   const Axis head = {&View::head_stride, p.num_heads};
   const std::initializer_list<Axis> scores = {{&View::head_stride, p.num_heads, true},

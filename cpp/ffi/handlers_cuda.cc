@@ -3,8 +3,7 @@
 // - instantiate, when XLA compiles: reports what is not supported and compiles the kernels. XLA skips it where an
 //   executable comes from a cache, so that nothing may rely on it.
 // - initialize, in front of every execution, also where XLA replays a graph: the kernels are loaded when it is done.
-// All
-//   else that can fail is checked here, outside of any capture.
+//   What else can fail is checked here, outside of any capture, but for a grid of 2^31 thread blocks or more.
 // - execute launches. It may be captured into a graph, where an error would break the executable for good.
 #include <bit>
 #include <mutex>

@@ -47,7 +47,7 @@ struct FwdStorage {
   using QRing = Ring<q_buffers(kC) * kWarpgroups>;  // warpgroups in turns
   using KvRing = Ring<kC.num_stages>;
   using UnitRing = Ring<2>;
-  using Ends = Ring<1>;  // filled with a unit, empty when who copies K and V is about to end it
+  using Ends = Ring<1>;  // a unit told fills it, by itself; empty when who copies K and V is about to end that unit
   // Offsets in bytes.
   static constexpr int32 kQ = 0, kK = q_buffers(kC) * kWarpgroups * Q::kBytes, kV = kK + kC.num_stages * K::kBytes;
   static constexpr int32 kBias = kV + kC.num_stages * V::kBytes;
