@@ -22,7 +22,8 @@ KernelConfig facts_of_all(const Problem& p, Direction direction) {
   c.head_dim_v = int32(p.head_dim_v);
   c.num_batch_axes = p.num_batch_axes;
   c.aligned = p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0;  // XLA's buffers are; so then are all rows
-  c.positive_scale = p.options.scale >= std::numeric_limits<float>::min();  // a denormal one is 0 to the kernels
+  // A denormal scale is 0 to the kernels.
+  c.positive_scale = p.options.scale >= std::numeric_limits<float>::min();
   c.softcap = p.options.softcap != 0.0f;
   c.alibi = p.alibi_slopes.data && p.num_sequences > 0;  // else there are none, which nobody may read
   c.bias = p.bias.data;
