@@ -35,6 +35,7 @@ inline int32 atom_add(int32* p, int32 x) {
 // compiler.cuh
 
 inline void opaque(uint32&) {}
+inline void opaque(float&) {}
 
 inline constexpr bool kAccumulatorsMustBeDefined = false;
 

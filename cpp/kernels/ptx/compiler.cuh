@@ -9,6 +9,9 @@ namespace flash::ptx {
 __forceinline__ void opaque(uint32& x) {
   asm volatile("" : "+r"(x));
 }
+__forceinline__ void opaque(float& x) {
+  asm volatile("" : "+f"(x));
+}
 
 // x, which is never negative, is computed here and not later: with what it takes, the compiler would otherwise wait for
 // products that it needs not. The instruction is never executed, but may be for all that the compiler knows.

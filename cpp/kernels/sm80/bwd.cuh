@@ -175,8 +175,9 @@ struct BwdBlock {
                                                 4 * (first + query_col + 8 * n + int32(threadIdx.x % 4) * 2));
       };
       TileGradient<kC, kKeys, kQueries> gradient;
-      gradient.weights(s, p, in, kMasked, kv_row + key_row, q_row + query_col, bias,
-                       [&](int32 n) { return pair_of(0, n); });
+      gradient.weights(
+          s, p, in, kMasked, kv_row + key_row, q_row + query_col, bias, [&](int32 n) { return pair_of(0, n); },
+          score_factor<kC>(p));
       gradient.scores(ds, s, p, [&](int32 n) { return pair_of(kC.block_q, n); });
       gradient.drop(s);
 

@@ -113,10 +113,12 @@ struct Dbias {
     if (kC.num_stages > 1 && has_next) load_k_and_q(next);
     TileGradient<kC, kKeys, kQueries> gradient;
     const ColsOfA<BiasTile<kC>> bias{{base, Storage::kBias, warp_query, warp_key}};
-    gradient.weights(s, p, in, kMasked, block.kv_row + warp_key, block.q_row + warp_query, bias, [&](int32 n) {
-      const float2 lse = pair_of(Storage::kLse, n);
-      return float2{lse_in_log2(lse.x), lse_in_log2(lse.y)};
-    });
+    auto lse = [&](int32 n) {
+      const float2 pair = pair_of(Storage::kLse, n);
+      return float2{lse_in_log2(pair.x), lse_in_log2(pair.y)};
+    };
+    gradient.weights(s, p, in, kMasked, block.kv_row + warp_key, block.q_row + warp_query, bias, lse,
+                     score_factor<kC>(p));
     gemm<kDType, kC.head_dim_v>(ds, RowsOfA<V>{{base, Storage::kV, warp_key}},
                                 RowsOfB<O>{{base, Storage::kDo, warp_query}});
     gradient.capped_scores(ds, s, p, [&](int32 n) { return pair_of(Storage::kDelta, n); });

@@ -106,6 +106,10 @@ struct Bwd {
                                       : kC.head_dim_v <= 128 ? kC.head_dim_v
                                       : kC.head_dim_v > 192 && !(kC.softcap || kC.dropout) ? 32
                                                                                            : 0;
+  // Whether a step also reads the scores' factor in front of its products, and the place of lse and delta is kept in a
+  // register: where a warp waits decides how the two warpgroups share the tensor cores. docs/hopper_backward.md has
+  // what it gains.
+  static constexpr bool kReadsEarly = !kInPair && kC.block_q == 64;
   // Registers per thread of the copying warpgroup and of the others.
   static constexpr bool kIsTight = kLargestHeadDim > 64 || kC.block_q > 64;
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
@@ -407,7 +411,20 @@ struct Bwd {
           scores(base + Storage::kScoreBarriers),
           weights(base + Storage::weight_barriers(warpgroup)),
           due_scores(base + Storage::kScoreBarriers, score_buffers(kC) - 1, 1),
-          due_rows(base + Storage::kRowBarriers, Storage::kStages - 1, 1) {}
+          due_rows(base + Storage::kRowBarriers, Storage::kStages - 1, 1),
+          pair_offset_(kReadsEarly ? __shfl_sync(~0u, int32(threadIdx.x) % 4 * 8, int32(threadIdx.x) % 32) : 0) {}
+
+    // Bytes to the thread's pair of queries among lse and delta. What has gone through a shuffle ptxas does not form
+    // anew in each step, as it does whatever follows from the thread's number.
+    __forceinline__ auto pair_offset() const {
+      if constexpr (kReadsEarly)
+        return pair_offset_;
+      else
+        return threadIdx.x % 4 * 8;
+    }
+
+   private:
+    int32 pair_offset_;
   };
 
   // What a warp says of a ring's next buffer: that it is done with it, where lanes that have read it have met, or that
@@ -578,27 +595,28 @@ struct Bwd {
   };
 
   // The lse, or with kDeltaBehindLse the delta, of a thread's pair of queries in n-tile `i`.
-  static __forceinline__ float2 pair_of(const char* shared, int32 buffer, int32 offset, int32 i) {
-    const int32 first = Storage::kStatistics + buffer * Storage::kStatisticsBytes + threadIdx.x % 4 * 8;
+  static __forceinline__ float2 pair_of(const char* shared, const Rings& rings, int32 buffer, int32 offset, int32 i) {
+    const int32 first = Storage::kStatistics + buffer * Storage::kStatisticsBytes + rings.pair_offset();
     return *reinterpret_cast<const float2*>(shared + first + statistics_offset(8 * i) + offset);
   }
 
   // dP^T begins at -delta, which then need not be subtracted, unless dropout comes in between; with a soft cap it would
   // take 4 % longer. To be called in front of a step's products: reads of shared memory queue behind those.
   static constexpr bool kDeltaFirst = !(kC.dropout || kC.softcap);
-  static __forceinline__ void begin_dp(Accumulator<16, kC.block_q>& dp, const char* shared, int32 stage) {
+  static __forceinline__ void begin_dp(Accumulator<16, kC.block_q>& dp, const char* shared, const Rings& rings,
+                                       int32 stage) {
     if constexpr (kDeltaFirst) {
 #pragma unroll
       for (int32 i = 0; i < kC.block_q / 8; ++i) {
-        const float2 delta = pair_of(shared, stage, kDeltaBehindLse, i);
+        const float2 delta = pair_of(shared, rings, stage, kDeltaBehindLse, i);
         dp.x[0][i][0] = dp.x[0][i][2] = -delta.x, dp.x[0][i][1] = dp.x[0][i][3] = -delta.y;
       }
       ptx::settled(dp.x[0]);  // else some of it is written between products, which ptxas then waits for
     }
   }
   // What is left to be subtracted.
-  static __forceinline__ float2 delta_of(const char* shared, int32 stage, int32 i) {
-    return kDeltaFirst ? float2{0.0f, 0.0f} : pair_of(shared, stage, kDeltaBehindLse, i);
+  static __forceinline__ float2 delta_of(const char* shared, const Rings& rings, int32 stage, int32 i) {
+    return kDeltaFirst ? float2{0.0f, 0.0f} : pair_of(shared, rings, stage, kDeltaBehindLse, i);
   }
 
   static __forceinline__ auto bias_tile(uint32 base, int32 stage, int32 warp_key) {
@@ -655,20 +673,25 @@ struct Bwd {
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         rows.wait_full();
         hide_rows_without_keys<Q, O>(shared, queries, warpgroup, queries.q_tile, queries.do_tile);
-        begin_dp(ds, shared, queries.stage);
+        float factor = score_factor<kC>(p);
+        if constexpr (kReadsEarly && !kScoresInLog2<kC>) ptx::opaque(factor);
+        begin_dp(ds, shared, rings, queries.stage);
         // The lse of the first 64 queries is read here too, where there are registers; that of others when it is
         // needed.
         constexpr bool kEarlyLse = !(kC.softcap || kC.segments || kC.dropout || kC.mask || (kC.bias && !kC.bias_tiled));
         float2 early_lse[8];
 #pragma unroll
-        for (int32 i = 0; i < 8; ++i) early_lse[i] = kEarlyLse ? pair_of(shared, queries.stage, 0, i) : float2{};
+        for (int32 i = 0; i < 8; ++i) early_lse[i] = kEarlyLse ? pair_of(shared, rings, queries.stage, 0, i) : float2{};
         issue_gemm<kDType, false>(s, k, RowsOperand<Q>(queries.q_tile));
         issue_gemm<kDType, kDeltaFirst>(ds, v, RowsOperand<O>(queries.do_tile));
         TileGradient<kC, 16, kC.block_q> gradient;
         wait_gemm<1>(s);
         gradient.weights(
             s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row, bias_tile(base, queries.stage, warp_key),
-            [&](int32 i) { return kEarlyLse && i < 8 ? early_lse[i % 8] : pair_of(shared, queries.stage, 0, i); });
+            [&](int32 i) {
+              return kEarlyLse && i < 8 ? early_lse[i % 8] : pair_of(shared, rings, queries.stage, 0, i);
+            },
+            factor);
         const auto ds_place = TileReader<S, Order::kDown>(base, Storage::kDs, warp_key).stage(scores.stage());
         // One half of the queries behind the other takes fewer registers.
         constexpr int32 kHalf = kC.block_q / 2;
@@ -678,7 +701,8 @@ struct Bwd {
           pack<kDType, kFrom, kTo>(probs, kept);
         };
         auto store_scores = [&]<int32 kFrom, int32 kTo>() {
-          gradient.template scores<kFrom, kTo>(ds, s, p, [&](int32 i) { return delta_of(shared, queries.stage, i); });
+          gradient.template scores<kFrom, kTo>(ds, s, p,
+                                               [&](int32 i) { return delta_of(shared, rings, queries.stage, i); });
           pack<kDType, kFrom, kTo>(dscores, ds);
           store_fragments<kFrom, kTo>(ds_place, dscores);
         };
@@ -751,9 +775,9 @@ struct Bwd {
         issue_gemm<kDType, false>(s, k, RowsOperand<Q>(queries.q_tile));
         wait_gemm<0>(s);
         TileGradient<kC, 16, kC.block_q> gradient;
-        gradient.weights(s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row,
-                         bias_tile(base, queries.stage, warp_key),
-                         [&](int32 i) { return pair_of(shared, queries.stage, 0, i); });
+        gradient.weights(
+            s, p, in, !queries.all_seen, block.kv_row + warp_key, queries.row, bias_tile(base, queries.stage, warp_key),
+            [&](int32 i) { return pair_of(shared, rings, queries.stage, 0, i); }, score_factor<kC>(p));
         send_weights(s, gradient, base, rings.weights);
         finish_last(late_dq.is_due() ? rings.due_rows.stage() : queries.stage);
         rings.rows.advance();
@@ -844,7 +868,7 @@ struct Bwd {
         uint32 probs[1][kC.block_q / 16][4], dscores[1][kC.block_q / 16][4];
         rings.rows.wait_full();
         hide_rows_without_keys<O>(shared, queries, warpgroup, queries.do_tile);
-        begin_dp(ds, shared, queries.stage);
+        begin_dp(ds, shared, rings, queries.stage);
         issue_gemm<kDType, kDeltaFirst>(ds, v, RowsOperand<O>(queries.do_tile));
         TileGradient<kC, 16, kC.block_q> gradient;
         gradient.draw(p, in, block.kv_row + warp_key, queries.row);
@@ -858,7 +882,7 @@ struct Bwd {
         wait_gemm<0>(ds);
         late_dq.issue();
         issue_gemm<kDType, true>(dv_sum, probs, ColsOperand<O>(queries.do_tile));
-        gradient.scores(ds, weights, p, [&](int32 i) { return delta_of(shared, queries.stage, i); });
+        gradient.scores(ds, weights, p, [&](int32 i) { return delta_of(shared, rings, queries.stage, i); });
         pack<kDType>(dscores, ds);
         send_scores(dscores, base, warp_key, rings.scores);
         release_weights(rings.weights);

@@ -210,9 +210,10 @@ struct Dbias {
     };
     wait_gemm<1>(scores);
     release(k_and_q);
-    gradient.weights(scores, p, in, s.kind != BlockKind::kFull, block.kv_row + warp_key, block.q_row,
-                     ColsOfA<typename Storage::Bias>{{base, Storage::kBias, 0, warp_key}},
-                     [&](int32 n) { return pair_of(0, n); });
+    gradient.weights(
+        scores, p, in, s.kind != BlockKind::kFull, block.kv_row + warp_key, block.q_row,
+        ColsOfA<typename Storage::Bias>{{base, Storage::kBias, 0, warp_key}}, [&](int32 n) { return pair_of(0, n); },
+        score_factor<kC>(p));
     compute_now(scores);  // beside dP^T
     wait_gemm<0>(ds);
     release(v_and_do);

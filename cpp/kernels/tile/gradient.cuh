@@ -12,10 +12,11 @@ template <KernelConfig kC, int32 kM, int32 kN>
 class TileGradient {
  public:
   // Raw products become weights, before dropout. The tile starts at (key, query) of the sequence; lse(n) is the pair of
-  // columns 8 n + 2 (lane % 4) of the tile's lse_in_log2. masked: the positional mask may hide some of it.
+  // columns 8 n + 2 (lane % 4) of the tile's lse_in_log2. masked: the positional mask may hide some of it. factor:
+  // score_factor().
   template <class BiasReader, class Lse>
   __forceinline__ void weights(Accumulator<kM, kN>& s, const Problem& p, const ScoreInputs<kC>& in, bool masked,
-                               int32 key, int32 query, const BiasReader& bias, Lse lse) {
+                               int32 key, int32 query, const BiasReader& bias, Lse lse, float factor) {
     draw(p, in, key, query);
     [[maybe_unused]] float even = 0.0f;
     auto on_cap = [&](int32 m, int32 n, int32 e, float y) {
@@ -30,7 +31,6 @@ class TileGradient {
       apply_scores<kC, true, true>(s, p, in, key, query, bias, on_cap);
     else if constexpr (kScoresInLog2<kC> || kDataMasks<kC>)
       apply_scores<kC, true, false>(s, p, in, key, query, bias, on_cap);
-    const float factor = score_factor<kC>(p);
 #pragma unroll
     for (int32 n = 0; n < kN / 8; ++n) {
       const float2 pair = lse(n);
