@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     passes = args.passes or (["forward", "backward"] if peers.on_gpu() else ["forward", "forward_backward"])
     report: dict[str, Any] = {"command": shlex.join(["python", "-m", "benchmarks.run", *arguments])}
     report |= machine.describe() | {"group": args.group, "rounds": args.rounds, "results": []}
-    report["commit"] = report["commit"] or args.commit
+    if args.commit:
+        report |= {"commit": args.commit, "dirty": False}
 
     rate = "TFLOP/s" if peers.on_gpu() else "GFLOP/s"
     print(f"{'workload':25} {'pass':17} {'implementation':15} {'ms':>9} {'spread':>7} {rate:>8}  jax_flash is")
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--passes", nargs="+", choices=workloads.PASSES, help="default: as suits the device")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--check-only", action="store_true", help="compare the results and time nothing")
-    parser.add_argument("--commit", help="the commit of this tree, where it is a copy without git")
+    parser.add_argument("--commit", help="the commit that this tree is a copy of, where git does not know it")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     return parser
