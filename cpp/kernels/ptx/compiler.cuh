@@ -5,7 +5,8 @@
 
 namespace flash::ptx {
 
-// x might be anything from here on, so that nothing that follows from it is computed earlier, say in front of a loop.
+// x is computed here at the latest, and might be anything from here on, so that nothing that follows from it is
+// computed earlier, say in front of a loop.
 __forceinline__ void opaque(uint32& x) {
   asm volatile("" : "+r"(x));
 }
