@@ -95,8 +95,10 @@ def test_groups_are_well_formed(group):
 def test_smoke_group_end_to_end(on_cpu, tmp_path, capsys):
     out = tmp_path / "new" / "smoke.json"
     arguments = ["--group", "cpu_smoke", "--rounds", "1", "--peers", "jax_flash", "xla", "--out", str(out)]
+    arguments += ["--commit", "0123abc"]  # a copy, whatever git knows here
     assert run.main(arguments) == 0
     report = json.loads(out.read_text())
+    assert (report["commit"], report["dirty"]) == ("0123abc", False)
     assert report["command"].startswith("python -m benchmarks.run --group cpu_smoke")
     assert {"date", "commit", "dirty", "cpu", "cores", "gpus_and_drivers", "versions"} <= report.keys()
     assert {"jax", "jaxlib"} <= report["versions"].keys()
