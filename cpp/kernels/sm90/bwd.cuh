@@ -106,10 +106,12 @@ struct Bwd {
                                       : kC.head_dim_v <= 128 ? kC.head_dim_v
                                       : kC.head_dim_v > 192 && !(kC.softcap || kC.dropout) ? 32
                                                                                            : 0;
+  // Whether a warpgroup passes over a first step of which it sees nothing.
+  static constexpr bool kPassesOver = kC.block_q == 64 && kLargestHeadDim > 96;
   // Whether a step also reads the scores' factor in front of its products, and the place of lse and delta is kept in a
   // register: where a warp waits decides how the two warpgroups share the tensor cores. docs/hopper_backward.md has
-  // what it gains.
-  static constexpr bool kReadsEarly = !kInPair && kC.block_q == 64;
+  // what it gains, and loses where steps are passed over.
+  static constexpr bool kReadsEarly = !kInPair && kC.block_q == 64 && !kPassesOver;
   // Registers per thread of the copying warpgroup and of the others.
   static constexpr bool kIsTight = kLargestHeadDim > 64 || kC.block_q > 64;
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
@@ -491,10 +493,10 @@ struct Bwd {
     return address_of<uint16, kBatchAxes>(p, view, block.seq.batch, block.kv_head, block.seq.kv.begin + block.kv_row);
   }
 
-  // A warp's rows in a buffer of dS^T, through which it stores dK and dV: of the next step, which everyone has read,
-  // and whose rows nobody else writes.
-  static __forceinline__ char* scratch_of(char* shared, const typename Storage::Scores& next, int32 warp_key) {
-    return shared + Storage::kDs + next.stage() * Storage::S::kBytes + warp_key * Storage::S::kRowBytes;
+  // A warp's rows in a buffer of dS^T that everyone has read and of which nobody else writes them, through which it
+  // stores dK and dV.
+  static __forceinline__ char* scratch_of(char* shared, const typename Storage::Scores& buffer, int32 warp_key) {
+    return shared + Storage::kDs + buffer.stage() * Storage::S::kBytes + warp_key * Storage::S::kRowBytes;
   }
   static __forceinline__ void store_dk(const HopperBwdProblem& p, const Block& block, const auto& dk, char* scratch,
                                        int32 warp_key) {
@@ -642,6 +644,12 @@ struct Bwd {
           do_tile(base + Storage::kDo + stage * Storage::O::kBytes) {}
   };
 
+  // Whether no query of a block's first step sees any of the warpgroup's keys: with a causal mask, the second half of
+  // the block's. Of that step only dQ is left to it, for which its rows of dS^T are 0.
+  static __forceinline__ bool passes_over(const Block& block, const Steps& step, int32 warpgroup) {
+    return kPassesOver && visible_rows(block.rule, block.kv_row + 64 * warpgroup).begin >= (step.n + 1) * kC.block_q;
+  }
+
   // A warpgroup that does all products of its keys, and so many columns of dQ.
   template <int32 kCols>
   static __forceinline__ void compute_all(const HopperBwdProblem& p, char* shared, uint32 base, const Block& block,
@@ -665,8 +673,18 @@ struct Bwd {
       const HeldRows<K, kHeldKCols> k(base, Storage::kK, key_row, warp_key);
       const HeldRows<V, kHeldVCols> v(base, Storage::kV, key_row, warp_key);
       LateDq<kCols> late_dq(p, base, block, warpgroup, rings);
+      Steps step(p, block);
+      if (passes_over(block, step, warpgroup)) {
+        rows.wait_full();  // or another release of the stage might still be due
+        zero_rows<S>(base + Storage::kDs + scores.stage() * S::kBytes, warp_key, warp_key + 16, thread % 32, 32);
+        ptx::fence_proxy_async();
+        fill(scores);
+        release(rows);
+        late_dq.advance(step.head, step.n * kC.block_q);
+        step.advance();
+      }
 #pragma unroll 1
-      for (Steps step(p, block); step.exists(); step.advance()) {
+      for (; step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> s, ds;
@@ -765,8 +783,19 @@ struct Bwd {
         __syncwarp();  // all lanes have read their lse
         if (late_dq.is_due() && thread % 32 == 0) rings.due_rows.release();
       };
+      Steps step(p, block);
+      if (passes_over(block, step, warpgroup)) {
+        const Queries queries(step, base, rings);
+        rings.rows.wait_full();
+        hide_rows_without_keys<Q>(shared, queries, warpgroup, queries.q_tile);
+        rings.rows.advance();
+        rings.due_rows.advance();
+        late_dq.advance(queries.head, queries.row);
+        ++steps;
+        step.advance();
+      }
 #pragma unroll 1
-      for (Steps step(p, block); step.exists(); step.advance()) {
+      for (; step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> s;
@@ -788,12 +817,11 @@ struct Bwd {
       if (steps > 0) finish_last(rings.due_rows.stage());
       release(rings.kv_ring);
     }
-    // The other warpgroup may still read the next buffer, for dQ of the last step but one. The peer's copy engine
-    // writes the warp's rows of it for the next block, when the peer has got this warpgroup's weights: hence the fence.
+    // Through the buffer of the last step, which the other warpgroup may still read. The peer's copy engine writes the
+    // warp's rows of it for the next block, but only when the peer has got this warpgroup's weights: hence the fence.
+    // To the buffer behind it, it might copy the zeros of a step that is passed over, for which it awaits no weights.
     ptx::barrier_sync(kComputing, kComputingThreads);
-    auto next = rings.due_scores;
-    next.advance();
-    store_dk(p, block, dk_sum, scratch_of(shared, next, warp_key), warp_key);
+    store_dk(p, block, dk_sum, scratch_of(shared, rings.due_scores, warp_key), warp_key);
     ptx::fence_proxy_async();
   }
 
@@ -860,8 +888,17 @@ struct Bwd {
       hide_keys_behind(p, base, block, thread);
       const HeldRows<V, kHeldVCols> v(base, Storage::kV, 64 * warpgroup, warp_key);
       LateDq<kDqCols[0]> late_dq(p, base, block, warpgroup, rings);
+      Steps step(p, block);
+      if (passes_over(block, step, warpgroup)) {
+        rings.rows.wait_full();
+        const uint32 zeros[1][kC.block_q / 16][4] = {};
+        send_scores(zeros, base, warp_key, rings.scores);
+        release(rings.rows);
+        late_dq.advance(step.head, step.n * kC.block_q);
+        step.advance();
+      }
 #pragma unroll 1
-      for (Steps step(p, block); step.exists(); step.advance()) {
+      for (; step.exists(); step.advance()) {
         const Queries queries(step, base, rings);
         const ScoreInputs<kC> in(p, block.seq, queries.head);
         Accumulator<16, kC.block_q> ds, weights;
