@@ -218,6 +218,9 @@ CASES = {
     "256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, "K": 1},
     "256 on A100": {"H": 256, "T": 70, "S": 130, "sm": 80, "N": 2, "K": 1},
     "192, 128": {"H": 192, "D": 128, "T": 70, "N": 2, "K": 1, **BOTTOM},
+    "128 causal": {"H": 128, "T": 200, **BOTTOM},
+    "192, 128 causal": {"H": 192, "D": 128, "T": 200, "N": 2, **TOP},
+    "256 causal": {"H": 256, "T": 200, "N": 2, **BOTTOM, "dtype": F16},
     "72, 40": {"H": 72, "D": 40},
     "64, 40": {"D": 40},
     "59": {"H": 59, "dtype": F16, **BOTTOM},
@@ -259,6 +262,7 @@ CASES = {
     "dropout 256": {"H": 256, "T": 70, "S": 130, **DROPOUT},
     "dropout 256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, **DROPOUT},
     "deterministic": {"T": 200, "S": 500, "deterministic": True, "local_window_size": (150, 100)},
+    "deterministic 128": {"H": 128, "T": 200, "deterministic": True, "N": 2, **BOTTOM},
     "deterministic 256": {"H": 256, "T": 130, "S": 200, "deterministic": True, "N": 2, **BOTTOM},
     "everything": {
         "H": 40, "scale": 0.2, "logits_soft_cap": 4.0, "alibi_slopes": 0.1 * HEADS, "sinks": normal(4),
@@ -305,9 +309,10 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "72, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "no keys", "no queries",
+    "64 float16 bottom", "72, 40", "96 window", "128", "256", "192, 128", "128 causal", "192, 128 causal", "256 causal",
+    "cap, alibi, sinks", "no keys", "no queries",
     "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
-    "deterministic", "deterministic 256", "everything",
+    "deterministic", "deterministic 128", "deterministic 256", "everything",
 )  # fmt: skip
 
 
