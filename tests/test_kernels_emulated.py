@@ -321,6 +321,21 @@ def test_dense_on_hopper(rng, emulated, case):
     check_dense(rng, emulated, CASES[case], HOPPER)
 
 
+# A warpgroup, or a pair's thread block, may be further ahead of others than warps in turns ever are.
+LAGGING = "64 float16 bottom", "128 causal", "192, 128 causal", "256 causal", "deterministic 256"
+
+
+@pytest.mark.parametrize("seed", (1, 2, 3))
+@pytest.mark.parametrize("case", LAGGING)
+def test_lagging_warps_on_hopper(rng, emulated, gpu, case, seed):
+    library = ctypes.CDLL(str(gpu))
+    library.let_warps_lag(seed)
+    try:
+        check_dense(rng, emulated, CASES[case], HOPPER)
+    finally:
+        library.let_warps_lag(0)
+
+
 # The same with three warpgroups: blocks that end with the sequence, of which the first one is not full.
 LARGE_BLOCKS = {
     "64": {"T": 300, "S": 333, **BOTTOM},

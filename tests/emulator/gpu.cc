@@ -3,8 +3,10 @@
 #include <signal.h>
 #include <sys/mman.h>
 
+#include <bitset>
 #include <cstdarg>
 #include <cstdio>
+#include <random>
 
 namespace emulator {
 
@@ -17,6 +19,7 @@ unsigned shared_bytes;
 std::deque<Transfer> copy_engine;
 
 static bool phase_has_ended;  // of any mbarrier
+static unsigned lag_seed;     // 0: nobody lags behind
 static void (*run_kernel)();
 static jmp_buf scheduler, aborted;
 static char error[512];
@@ -183,18 +186,48 @@ static Fiber* find_fiber(State state) {
   return nullptr;
 }
 
+static void run_transfer() {
+  const Transfer transfer = std::move(copy_engine.front());
+  copy_engine.pop_front();
+  current = transfer.thread, here = current->block;
+  transfer.run();
+  current = nullptr;
+}
+
+// Who lags behind, for a while each: about half of the warpgroups.
+class Lag {
+ public:
+  Lag() : dice_(1 + lag_seed + cluster[0].index.x) {}
+  void draw() {
+    if (lag_seed && dice_() % 100 == 0) lags_ = dice_();
+  }
+  bool lags(const ThreadBlock& block, unsigned warp) {
+    return lags_[((&block - cluster.data()) * block.warps.size() + warp) / 4 % lags_.size()] && dice_() % 64;
+  }
+  bool delivers_early() { return lag_seed && !copy_engine.empty() && dice_() % 2; }
+
+ private:
+  std::minstd_rand dice_;
+  std::bitset<16> lags_;
+};
+
 static void run_cluster() {
   copy_engine.clear();
   all_have_started = false;
   spins = 0;
+  Lag lag;
   // Blocks and warps take turns in both orders, as a race may show in one only.
   for (unsigned phase = cluster[0].index.x / cluster.size();; ++phase) {
     bool ran = false;
+    lag.draw();
     for (unsigned i = 0; i < cluster.size(); ++i) {
       ThreadBlock& block = cluster[phase / 2 % 2 ? cluster.size() - 1 - i : i];
       for (unsigned j = 0; j < block.warps.size(); ++j) {
-        Fiber* lanes = &block.fibers[(phase % 2 ? block.warps.size() - 1 - j : j) * kLanes];
-        for (bool again = true; again;) {
+        const unsigned warp = phase % 2 ? block.warps.size() - 1 - j : j;
+        Fiber* lanes = &block.fibers[warp * kLanes];
+        const bool lags = lag.lags(block, warp);
+        for (unsigned lane = 0; lags && lane < kLanes; ++lane) ran = ran || lanes[lane].state == State::kReady;
+        for (bool again = !lags; again;) {
           again = false;
           for (unsigned lane = 0; lane < kLanes; ++lane)
             if (lanes[lane].state == State::kReady) resume(lanes[lane]), again = ran = true;
@@ -204,6 +237,7 @@ static void run_cluster() {
     for (ThreadBlock& block : cluster)
       for (Fiber& fiber : block.fibers)
         if (fiber.state == State::kAtMbarrier && may_pass(fiber)) fiber.state = State::kReady, ran = true;
+    if (lag.delivers_early()) run_transfer(), ran = true;
     if (ran) continue;
     for (ThreadBlock& block : cluster) ran = pass_barrier(State::kAtBarrier, &block, &block + 1) || ran;
     if (pass_barrier(State::kAtClusterBarrier, cluster.data(), cluster.data() + cluster.size()))
@@ -213,13 +247,7 @@ static void run_cluster() {
       continue;
     }
     if (!copy_engine.empty()) {  // nobody can go on without it
-      for (phase_has_ended = false; !copy_engine.empty() && !phase_has_ended;) {
-        const Transfer transfer = std::move(copy_engine.front());
-        copy_engine.pop_front();
-        current = transfer.thread, here = current->block;
-        transfer.run();
-      }
-      current = nullptr;
+      for (phase_has_ended = false; !copy_engine.empty() && !phase_has_ended;) run_transfer();
       spins = 0;
       continue;
     }
@@ -275,6 +303,11 @@ const char* launch(void (*kernel)(), unsigned blocks, unsigned threads, unsigned
 }
 
 }  // namespace emulator
+
+// From now on warpgroups lag behind at random, as this seed has it, and copies may arrive before anyone waits for them.
+extern "C" void let_warps_lag(unsigned seed) {
+  emulator::lag_seed = seed;
+}
 
 void __syncwarp() {
   emulator::Exchange<int>(0);
