@@ -220,7 +220,7 @@ CASES = {
     "192, 128": {"H": 192, "D": 128, "T": 70, "N": 2, "K": 1, **BOTTOM},
     "128 causal": {"H": 128, "T": 200, **BOTTOM},
     "192, 128 causal": {"H": 192, "D": 128, "T": 200, "N": 2, **TOP},
-    "256 causal": {"H": 256, "T": 200, "N": 2, **BOTTOM, "dtype": F16},
+    "256 causal": {"H": 256, "T": 192, "S": 192, "N": 2, **BOTTOM, "dtype": F16},  # one block of keys has one step
     "72, 40": {"H": 72, "D": 40},
     "64, 40": {"D": 40},
     "59": {"H": 59, "dtype": F16, **BOTTOM},
@@ -250,6 +250,17 @@ CASES = {
     },
     "segments apart": {  # nothing sees the second block of keys
         "query_segment_ids": lambda r: np.zeros((2, 150), np.int32),
+        "key_value_segment_ids": lambda r: np.repeat(np.int32([[0] * 60 + [7] * 140]), 2, 0),
+    },
+    # The same where no query sees the last 64 keys by their position either.
+    "segments apart 128": {
+        "H": 128, "S": 190,
+        "query_segment_ids": lambda r: np.zeros((2, 150), np.int32),
+        "key_value_segment_ids": lambda r: np.repeat(np.int32([[0] * 60 + [7] * 130]), 2, 0),
+    },
+    "segments apart 192, 128": {
+        "H": 192, "D": 128, "T": 200, "N": 2, **TOP,
+        "query_segment_ids": lambda r: np.zeros((2, 200), np.int32),
         "key_value_segment_ids": lambda r: np.repeat(np.int32([[0] * 60 + [7] * 140]), 2, 0),
     },
     "segments in any order": {
@@ -311,7 +322,8 @@ def test_dense(rng, emulated, case):
 ON_HOPPER = (
     "64 float16 bottom", "72, 40", "96 window", "128", "256", "192, 128", "128 causal", "192, 128 causal", "256 causal",
     "cap, alibi, sinks", "no keys", "no queries",
-    "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
+    "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "segments apart 128",
+    "segments apart 192, 128", "dropout 128",
     "deterministic", "deterministic 128", "deterministic 256", "everything",
 )  # fmt: skip
 

@@ -148,7 +148,7 @@ static constexpr int32 registers_at_start(const KernelConfig& c) {
 // Hopper's backward: buffers of dS, which is read a step late. In one thread block, a warpgroup that writes that of
 // step j has waited until both had written that of step j - 2, and so were done with step j - 3, which read j - 4's:
 // hence no barrier says that a buffer is free. In a pair one does, and three buffers, where there is room, make neither
-// thread block wait for the other one. The next buffer also serves to store dK and dV.
+// thread block wait for the other one. dK and dV are stored through one of them.
 static constexpr int32 score_buffers(const KernelConfig& c) {
   if (!in_pairs(c)) return 4;
   return max_of(c.head_dim, c.head_dim_v) <= 192 ? 3 : 2;

@@ -197,7 +197,7 @@ static void run_transfer() {
 // Who lags behind, for a while each: about half of the warpgroups.
 class Lag {
  public:
-  Lag() : dice_(1 + lag_seed + cluster[0].index.x) {}
+  Lag() : dice_(1 + 1000 * lag_seed + cluster[0].index.x) {}
   void draw() {
     if (lag_seed && dice_() % 100 == 0) lags_ = dice_();
   }

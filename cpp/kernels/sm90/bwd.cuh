@@ -111,7 +111,7 @@ struct Bwd {
   // Whether a step also reads the scores' factor in front of its products, and the place of lse and delta is kept in a
   // register: where a warp waits decides how the two warpgroups share the tensor cores. docs/hopper_backward.md has
   // what it gains, and loses where steps are passed over.
-  static constexpr bool kReadsEarly = !kInPair && kC.block_q == 64 && !kPassesOver;
+  static constexpr bool kReadsEarly = kC.block_q == 64 && !kPassesOver;
   // Registers per thread of the copying warpgroup and of the others.
   static constexpr bool kIsTight = kLargestHeadDim > 64 || kC.block_q > 64;
   static constexpr int32 kCopyingRegisters = kIsTight ? 24 : 40, kComputingRegisters = kIsTight ? 240 : 232;
@@ -493,8 +493,8 @@ struct Bwd {
     return address_of<uint16, kBatchAxes>(p, view, block.seq.batch, block.kv_head, block.seq.kv.begin + block.kv_row);
   }
 
-  // A warp's rows in a buffer of dS^T that everyone has read and of which nobody else writes them, through which it
-  // stores dK and dV.
+  // A warp's rows in a buffer of dS^T, through which it stores dK and dV. Everyone has read the buffer, and nobody else
+  // writes these rows meanwhile.
   static __forceinline__ char* scratch_of(char* shared, const typename Storage::Scores& buffer, int32 warp_key) {
     return shared + Storage::kDs + buffer.stage() * Storage::S::kBytes + warp_key * Storage::S::kRowBytes;
   }
@@ -644,10 +644,12 @@ struct Bwd {
           do_tile(base + Storage::kDo + stage * Storage::O::kBytes) {}
   };
 
-  // Whether no query of a block's first step sees any of the warpgroup's keys: with a causal mask, the second half of
-  // the block's. Of that step only dQ is left to it, for which its rows of dS^T are 0.
+  // Whether no query of a block's first step sees any of the warpgroup's keys: with a causal mask the second half of
+  // the block's, or if none of that half are in use. All that is left to it then is dQ, for which its rows of dS^T are
+  // 0.
   static __forceinline__ bool passes_over(const Block& block, const Steps& step, int32 warpgroup) {
-    return kPassesOver && visible_rows(block.rule, block.kv_row + 64 * warpgroup).begin >= (step.n + 1) * kC.block_q;
+    return kPassesOver && (!kC.segments || step.exists()) &&  // only segments leave a block without steps
+           visible_rows(block.rule, block.kv_row + 64 * warpgroup).begin >= (step.n + 1) * kC.block_q;
   }
 
   // A warpgroup that does all products of its keys, and so many columns of dQ.
@@ -675,7 +677,7 @@ struct Bwd {
       LateDq<kCols> late_dq(p, base, block, warpgroup, rings);
       Steps step(p, block);
       if (passes_over(block, step, warpgroup)) {
-        rows.wait_full();  // or another release of the stage might still be due
+        rows.wait_full();  // or the release might count for what the stage held before
         zero_rows<S>(base + Storage::kDs + scores.stage() * S::kBytes, warp_key, warp_key + 16, thread % 32, 32);
         ptx::fence_proxy_async();
         fill(scores);
@@ -787,7 +789,7 @@ struct Bwd {
       if (passes_over(block, step, warpgroup)) {
         const Queries queries(step, base, rings);
         rings.rows.wait_full();
-        hide_rows_without_keys<Q>(shared, queries, warpgroup, queries.q_tile);
+        hide_rows_without_keys<Q>(shared, queries, warpgroup, queries.q_tile);  // dK is multiplied by them all the same
         rings.rows.advance();
         rings.due_rows.advance();
         late_dq.advance(queries.head, queries.row);
@@ -820,6 +822,7 @@ struct Bwd {
     // Through the buffer of the last step, which the other warpgroup may still read. The peer's copy engine writes the
     // warp's rows of it for the next block, but only when the peer has got this warpgroup's weights: hence the fence.
     // To the buffer behind it, it might copy the zeros of a step that is passed over, for which it awaits no weights.
+    // (The peer is one unit ahead at most, as this thread block's copying warp tells it the next.)
     ptx::barrier_sync(kComputing, kComputingThreads);
     store_dk(p, block, dk_sum, scratch_of(shared, rings.due_scores, warp_key), warp_key);
     ptx::fence_proxy_async();
