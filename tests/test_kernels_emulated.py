@@ -200,6 +200,12 @@ def segments(last: int, *shape):
     return lambda rng: jnp.sort(rng.integers(0, last, *shape))
 
 
+def segments_apart(T: int, S: int):
+    """No query sees a key from the 60th on."""
+    ids = np.repeat(np.int32([[0] * 60 + [7] * (S - 60)]), 2, 0)
+    return {"T": T, "S": S, "query_segment_ids": np.zeros((2, T), np.int32), "key_value_segment_ids": ids}
+
+
 # [B, T, N, H] = [2, 150, 4, 64] and [B, S, K] = [2, 200, 2] unless a case says otherwise. Options that are functions
 # are called with the random generator. Every tiling of heuristics.cc is here, and every field of KernelConfig.
 CASES = {
@@ -218,9 +224,6 @@ CASES = {
     "256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, "K": 1},
     "256 on A100": {"H": 256, "T": 70, "S": 130, "sm": 80, "N": 2, "K": 1},
     "192, 128": {"H": 192, "D": 128, "T": 70, "N": 2, "K": 1, **BOTTOM},
-    "128 causal": {"H": 128, "T": 200, **BOTTOM},
-    "192, 128 causal": {"H": 192, "D": 128, "T": 200, "N": 2, **TOP},
-    "256 causal": {"H": 256, "T": 192, "S": 192, "N": 2, **BOTTOM, "dtype": F16},  # one block of keys has one step
     "72, 40": {"H": 72, "D": 40},
     "64, 40": {"D": 40},
     "59": {"H": 59, "dtype": F16, **BOTTOM},
@@ -248,21 +251,7 @@ CASES = {
     "segments": {
         "T": 300, "S": 333, "query_segment_ids": segments(3, 2, 300), "key_value_segment_ids": segments(4, 2, 333)
     },
-    "segments apart": {  # nothing sees the second block of keys
-        "query_segment_ids": lambda r: np.zeros((2, 150), np.int32),
-        "key_value_segment_ids": lambda r: np.repeat(np.int32([[0] * 60 + [7] * 140]), 2, 0),
-    },
-    # The same where no query sees the last 64 keys by their position either.
-    "segments apart 128": {
-        "H": 128, "S": 190,
-        "query_segment_ids": lambda r: np.zeros((2, 150), np.int32),
-        "key_value_segment_ids": lambda r: np.repeat(np.int32([[0] * 60 + [7] * 130]), 2, 0),
-    },
-    "segments apart 192, 128": {
-        "H": 192, "D": 128, "T": 200, "N": 2, **TOP,
-        "query_segment_ids": lambda r: np.zeros((2, 200), np.int32),
-        "key_value_segment_ids": lambda r: np.repeat(np.int32([[0] * 60 + [7] * 140]), 2, 0),
-    },
+    "segments apart": segments_apart(150, 200),
     "segments in any order": {
         "query_segment_ids": lambda r: r.integers(0, 2, 2, 150),
         "key_value_segment_ids": lambda r: r.integers(0, 2, 2, 200), **BOTTOM,
@@ -273,7 +262,6 @@ CASES = {
     "dropout 256": {"H": 256, "T": 70, "S": 130, **DROPOUT},
     "dropout 256 small": {"H": 256, "T": 70, "S": 130, "sm": 86, "N": 2, **DROPOUT},
     "deterministic": {"T": 200, "S": 500, "deterministic": True, "local_window_size": (150, 100)},
-    "deterministic 128": {"H": 128, "T": 200, "deterministic": True, "N": 2, **BOTTOM},
     "deterministic 256": {"H": 256, "T": 130, "S": 200, "deterministic": True, "N": 2, **BOTTOM},
     "everything": {
         "H": 40, "scale": 0.2, "logits_soft_cap": 4.0, "alibi_slopes": 0.1 * HEADS, "sinks": normal(4),
@@ -320,32 +308,15 @@ def test_dense(rng, emulated, case):
 
 # Of those, what makes a difference to Hopper's kernels.
 ON_HOPPER = (
-    "64 float16 bottom", "72, 40", "96 window", "128", "256", "192, 128", "128 causal", "192, 128 causal", "256 causal",
-    "cap, alibi, sinks", "no keys", "no queries",
-    "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "segments apart 128",
-    "segments apart 192, 128", "dropout 128",
-    "deterministic", "deterministic 128", "deterministic 256", "everything",
+    "64 float16 bottom", "72, 40", "96 window", "128", "256", "192, 128", "cap, alibi, sinks", "no keys", "no queries",
+    "bias", "bias for all", "wide mask", "wide mask 128", "segments", "segments apart", "dropout 128",
+    "deterministic", "deterministic 256", "everything",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ON_HOPPER)
 def test_dense_on_hopper(rng, emulated, case):
     check_dense(rng, emulated, CASES[case], HOPPER)
-
-
-# A warpgroup, or a pair's thread block, may be further ahead of others than warps in turns ever are.
-LAGGING = "64 float16 bottom", "128 causal", "192, 128 causal", "256 causal", "deterministic 256"
-
-
-@pytest.mark.parametrize("seed", (1, 2, 3))
-@pytest.mark.parametrize("case", LAGGING)
-def test_lagging_warps_on_hopper(rng, emulated, gpu, case, seed):
-    library = ctypes.CDLL(str(gpu))
-    library.let_warps_lag(seed)
-    try:
-        check_dense(rng, emulated, CASES[case], HOPPER)
-    finally:
-        library.let_warps_lag(0)
 
 
 # The same with three warpgroups: blocks that end with the sequence, of which the first one is not full.
@@ -384,6 +355,41 @@ PAIRS = {
 @pytest.mark.parametrize("case", PAIRS)
 def test_pairs(rng, emulated, case):
     check_dense(rng, emulated, PAIRS[case], HOPPER)
+
+
+# The backward where a warpgroup sees nothing of the first step of a block of keys.
+PASSED_OVER = {
+    "128": {"H": 128, "T": 200, **BOTTOM},
+    "128 deterministic": {"H": 128, "T": 200, "deterministic": True, "N": 2, **BOTTOM},
+    "128 segments apart": {"H": 128, **segments_apart(150, 190)},  # nor of the last 64 keys by position
+    "192, 128": {"H": 192, "D": 128, "T": 200, "N": 2, **TOP},
+    "192, 128 segments apart": {"H": 192, "D": 128, "N": 2, **TOP, **segments_apart(200, 200)},
+    "256 its only step": {"H": 256, "T": 192, "S": 192, "N": 2, **BOTTOM, "dtype": F16},
+}
+
+
+@pytest.mark.parametrize("case", PASSED_OVER)
+def test_steps_passed_over(rng, emulated, case):
+    check_dense(rng, emulated, PASSED_OVER[case], HOPPER)
+
+
+# A warpgroup, or a pair's thread block, may be further ahead of others than warps in turns ever are.
+LAGGING = {
+    "64": CASES["64 float16 bottom"],
+    "256 deterministic": CASES["deterministic 256"],
+    **{f"{name} passed over": PASSED_OVER[name] for name in ("128", "192, 128", "256 its only step")},
+}
+
+
+@pytest.mark.parametrize("seed", (1, 2, 3))
+@pytest.mark.parametrize("case", LAGGING)
+def test_lagging_warps(rng, emulated, gpu, case, seed):
+    library = ctypes.CDLL(str(gpu))
+    library.let_warps_lag(seed)
+    try:
+        check_dense(rng, emulated, LAGGING[case], HOPPER)
+    finally:
+        library.let_warps_lag(0)
 
 
 @pytest.mark.parametrize("family", [PORTABLE, HOPPER])

@@ -8,8 +8,8 @@
 // and so does the target of a copy until it is waited for. What runs beside the threads happens as late as it may: a
 // copy of the copy engine when nobody can go on without it, products of a warpgroup when they are waited for, and until
 // then their accumulators are NaN. On request warpgroups lag behind instead, and copies happen at any time
-// (let_warps_lag). Every failure (a wild access, undefined behaviour, lanes that part) ends the launch
-// with a sentence that names the block and the thread.
+// (let_warps_lag). Every failure (a wild access, undefined behaviour, lanes that part) ends the launch with a sentence
+// that names the block and the thread.
 #pragma once
 
 #include <setjmp.h>

@@ -645,8 +645,7 @@ struct Bwd {
   };
 
   // Whether no query of a block's first step sees any of the warpgroup's keys: with a causal mask the second half of
-  // the block's, or if none of that half are in use. All that is left to it then is dQ, for which its rows of dS^T are
-  // 0.
+  // the block's, or if none of that half are in use. All that is left to it then is dQ, which wants zeros of it.
   static __forceinline__ bool passes_over(const Block& block, const Steps& step, int32 warpgroup) {
     return kPassesOver && (!kC.segments || step.exists()) &&  // only segments leave a block without steps
            visible_rows(block.rule, block.kv_row + 64 * warpgroup).begin >= (step.n + 1) * kC.block_q;
@@ -789,7 +788,7 @@ struct Bwd {
       if (passes_over(block, step, warpgroup)) {
         const Queries queries(step, base, rings);
         rings.rows.wait_full();
-        hide_rows_without_keys<Q>(shared, queries, warpgroup, queries.q_tile);  // dK is multiplied by them all the same
+        hide_rows_without_keys<Q>(shared, queries, warpgroup, queries.q_tile);  // which dK multiplies by zeros
         rings.rows.advance();
         rings.due_rows.advance();
         late_dq.advance(queries.head, queries.row);
